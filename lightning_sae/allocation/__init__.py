@@ -1,0 +1,20 @@
+"""Choices of token-feature matches, as pure functions of affinities."""
+
+from lightning_sae.allocation.choices import (
+    feature_choice,
+    midpoint_thresholds,
+    mutual_choice,
+    threshold_choice,
+    token_choice,
+)
+from lightning_sae.allocation.matches import Matches, matches_where
+
+__all__ = [
+    "Matches",
+    "feature_choice",
+    "matches_where",
+    "midpoint_thresholds",
+    "mutual_choice",
+    "threshold_choice",
+    "token_choice",
+]

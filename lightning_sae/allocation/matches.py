@@ -1,0 +1,59 @@
+"""The outcome of an allocation: which features each token is matched with, and how strongly."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)  # not frozen: Lightning moves what predict_step returns between devices
+class Matches:
+    """Token-feature pairs that are switched on, sorted by token, then by feature.
+
+    Attributes:
+        token: Row of each match, int64, shape (matches,).
+        feature: Column of each match, int64, shape (matches,).
+        value: Activation of each match, positive, shape (matches,). Carries the gradient.
+        shape: (tokens, features) of the affinities the matches were chosen from.
+
+    Example:
+        >>> matches = matches_where(torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[1, 0, 1]]) > 0)
+        >>> matches.feature, matches.value
+        (tensor([0, 2]), tensor([0.5000, 2.0000]))
+        >>> matches.to_dense()
+        tensor([[0.5000, 0.0000, 2.0000]])
+    """
+
+    token: Tensor
+    feature: Tensor
+    value: Tensor
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.token.numel()
+
+    def to_dense(self) -> Tensor:
+        """Return the codes as one tensor of shape (tokens, features), zero where no match is."""
+        dense = self.value.new_zeros(self.shape)
+        return dense.index_put((self.token, self.feature), self.value)
+
+    def per_token(self) -> Tensor:
+        """Return the number of matches of each token, int64, shape (tokens,)."""
+        return torch.bincount(self.token, minlength=self.shape[0])
+
+    def per_feature(self) -> Tensor:
+        """Return the number of matches of each feature, int64, shape (features,)."""
+        return torch.bincount(self.feature, minlength=self.shape[1])
+
+
+def matches_where(affinities: Tensor, chosen: Tensor) -> Matches:
+    """Gather the matches at the chosen pairs.
+
+    Args:
+        affinities: Encoder outputs, shape (tokens, features).
+        chosen: Boolean mask of the same shape. Pairs without a positive affinity must be off: a
+            ReLU follows the choice, and a match with no positive value is no match.
+    """
+    token, feature = chosen.nonzero(as_tuple=True)
+    tokens, features = affinities.shape
+    return Matches(token, feature, affinities[token, feature], (tokens, features))
