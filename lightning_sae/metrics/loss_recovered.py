@@ -1,0 +1,219 @@
+"""What splicing the reconstruction into the language model costs it."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_sae.metrics.base import TotalsMetric, ratio, widest_float
+from lightning_sae.residual_stream import ResidualStream
+
+_TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
+
+
+class LossRecovered(TotalsMetric):
+    r"""Share of the language model's loss that the reconstruction preserves.
+
+    .. math:: (L_{ablated} - L_{spliced}) / (L_{ablated} - L_{clean})
+
+    where L is the cross-entropy of the next token, in nats: with the model as it is (clean), with
+    the reconstruction spliced in, and with the activation ablated to zero or to its mean. 1 means
+    that nothing was lost, 0 that the ablation does as well. In a residual stream, zeros destroy the
+    model and nearly everything scores close to 1 against them: the mean, or the plain difference
+    `delta_ce`, tells dictionaries apart.
+
+    Only kept positions are edited, and only they are scored: the activation of position t counts
+    with the prediction of token t + 1, whatever that token is. The last position of a context is
+    edited if it is kept, but has no next token and is not scored. All averages are over scored
+    positions.
+
+    An update runs the model four times, and holds the logits of two runs at most. ``compute``
+    returns a dictionary, so log it with ``self.log_dict(metric.compute())`` and `reset` by hand, or
+    put the metric in a `MetricCollection`. All values are NaN before the first scored position.
+
+    Example:
+        >>> class Bigrams:  # a "model" whose activations are its logits
+        ...     def replace(self, input_ids, edit):
+        ...         return edit(3 * torch.eye(2)[input_ids].flip(-1))  # after 0 comes 1, after 1, 0
+        >>> metric = LossRecovered()
+        >>> input_ids = torch.tensor([[0, 1, 0, 1]])
+        >>> kept = torch.ones_like(input_ids, dtype=torch.bool)
+        >>> metric.update(Bigrams(), input_ids, lambda x: x / 2, kept, torch.tensor([1.5, 1.5]))
+        >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'loss_recovered_zero': 0.7629, 'loss_recovered_mean': 0.7629, 'delta_ce': 0.1528,
+         'kl': 0.0817, 'ce_clean': 0.0486, 'ce_spliced': 0.2014, 'ce_zero': 0.6931,
+         'ce_mean': 0.6931}
+    """
+
+    ce_clean: Tensor
+    ce_spliced: Tensor
+    ce_zero: Tensor
+    ce_mean: Tensor
+    kl: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in _TOTALS:
+            self.add_total(name, dtype=torch.float64)
+        self.add_total("tokens")
+
+    @torch.no_grad()
+    def update(
+        self,
+        residual_stream: ResidualStream,
+        input_ids: Tensor,
+        reconstruct: Callable[[Tensor], Tensor],
+        kept: Tensor,
+        mean: Tensor,
+    ) -> None:
+        """Run the model on a batch of contexts, clean, spliced and twice ablated.
+
+        Args:
+            residual_stream: Where the dictionary was trained; whatever has its `replace` will do.
+            input_ids: Token ids, shape (contexts, length).
+            reconstruct: Maps activations (tokens, d_model) to reconstructions of that shape, such
+                as an autoencoder in `eval()` mode.
+            kept: True where the activation is edited, shape (contexts, length).
+            mean: Mean activation, shape (d_model,).
+
+        Raises:
+            ValueError: If a shape is not as above, or kept is not boolean.
+        """
+        scored = _scored_positions(input_ids, kept)
+        if not scored.any():
+            return
+
+        def run(replacement: Callable[[Tensor], Tensor]) -> Tensor:
+            return residual_stream.replace(input_ids, _edit(kept, replacement))
+
+        clean = run(lambda x: x)
+        spliced = run(reconstruct)
+        kl = _divergence(clean, spliced, scored)
+        ce_clean = _cross_entropy(clean, input_ids, scored)
+        ce_spliced = _cross_entropy(spliced, input_ids, scored)
+        del clean, spliced  # before the next logits
+        ce_zero = _cross_entropy(run(torch.zeros_like), input_ids, scored)
+        ce_mean = _cross_entropy(run(lambda x: _rows_of(mean, like=x)), input_ids, scored)
+        self.add_to_totals(
+            ce_clean=ce_clean,
+            ce_spliced=ce_spliced,
+            ce_zero=ce_zero,
+            ce_mean=ce_mean,
+            kl=kl,
+            tokens=scored.sum(),
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``loss_recovered_zero``, ``loss_recovered_mean``, and the following in nats.
+
+        ``delta_ce`` (spliced less clean), ``kl`` (mean Kullback-Leibler divergence of the spliced
+        from the clean predictions), ``ce_clean``, ``ce_spliced``, ``ce_zero`` and ``ce_mean``.
+        """
+        return _loss_recovered_compute({name: getattr(self, name) for name in _TOTALS}, self.tokens)
+
+
+def loss_recovered(
+    input_ids: Tensor, kept: Tensor, *, clean: Tensor, spliced: Tensor, zero: Tensor, mean: Tensor
+) -> dict[str, Tensor]:
+    """Compute from logits what `LossRecovered` computes from a model.
+
+    Args:
+        input_ids: Token ids, shape (contexts, length).
+        kept: True where the activation was edited, bool, shape (contexts, length).
+        clean: Logits of the model as it is, shape (contexts, length, vocabulary), as the others.
+        spliced: Logits with the reconstructions spliced in.
+        zero: Logits with the activations set to zero.
+        mean: Logits with the activations set to their mean.
+
+    Returns:
+        The dictionary of `LossRecovered.compute`.
+
+    Raises:
+        ValueError: If input_ids and kept do not both have shape (contexts, length), or kept is not
+            boolean.
+
+    Example:
+        >>> input_ids, kept = torch.tensor([[0, 1]]), torch.tensor([[True, True]])
+        >>> clean = torch.tensor([[[0.0, 4.0], [0.0, 0.0]]])
+        >>> zero, mean = 0 * clean, 0.5 * clean
+        >>> values = loss_recovered(
+        ...     input_ids, kept, clean=clean, spliced=0.75 * clean, zero=zero, mean=mean
+        ... )
+        >>> values["loss_recovered_zero"], values["loss_recovered_mean"]
+        (tensor(0.9549), tensor(0.7202))
+    """
+    scored = _scored_positions(input_ids, kept)
+    logits = {"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_mean": mean}
+    totals = {name: _cross_entropy(each, input_ids, scored) for name, each in logits.items()}
+    totals["kl"] = _divergence(clean, spliced, scored)
+    return _loss_recovered_compute(totals, scored.sum())
+
+
+def _loss_recovered_compute(totals: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    clean, spliced = totals["ce_clean"], totals["ce_spliced"]
+    zero, mean = totals["ce_zero"], totals["ce_mean"]
+    return {
+        "loss_recovered_zero": ratio(zero - spliced, zero - clean),
+        "loss_recovered_mean": ratio(mean - spliced, mean - clean),
+        "delta_ce": ratio(spliced - clean, tokens),
+        "kl": ratio(totals["kl"], tokens),
+    } | {name: ratio(totals[name], tokens) for name in _TOTALS if name != "kl"}
+
+
+def _scored_positions(input_ids: Tensor, kept: Tensor) -> Tensor:
+    if input_ids.dim() != 2 or kept.shape != input_ids.shape or kept.dtype != torch.bool:
+        raise ValueError(
+            f"kept of shape {tuple(kept.shape)} and {kept.dtype}, input_ids of shape "
+            f"{tuple(input_ids.shape)}: both must be (contexts, length), and kept torch.bool"
+        )
+    scored = kept.clone()
+    scored[:, -1] = False  # no next token to predict
+    return scored
+
+
+def _edit(kept: Tensor, replacement: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def edit(x: Tensor) -> Tensor:  # (contexts, length, d_model)
+        old = x[kept]  # (tokens, d_model)
+        new = replacement(old)
+        if new.shape != old.shape:
+            raise ValueError(
+                f"reconstruct returned shape {tuple(new.shape)} for activations of shape "
+                f"{tuple(old.shape)}: it must keep the shape"
+            )
+        edited = x.clone()
+        edited[kept] = new.to(x.dtype)
+        return edited
+
+    return edit
+
+
+def _rows_of(mean: Tensor, *, like: Tensor) -> Tensor:
+    if mean.shape != like.shape[-1:]:
+        raise ValueError(
+            f"mean of shape {tuple(mean.shape)}: activations need (d_model={like.shape[-1]},)"
+        )
+    return mean.to(like).expand_as(like)
+
+
+def _cross_entropy(logits: Tensor, input_ids: Tensor, scored: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=widest_float(logits.device), device=logits.device)
+    next_ids = input_ids.roll(-1, dims=1)
+    for log_p, ids, here in zip(_log_probabilities(logits, scored), next_ids, scored, strict=True):
+        total -= log_p.gather(1, ids[here].unsqueeze(1)).sum(dtype=total.dtype)
+    return total
+
+
+def _divergence(clean: Tensor, spliced: Tensor, scored: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=widest_float(clean.device), device=clean.device)
+    each = zip(_log_probabilities(clean, scored), _log_probabilities(spliced, scored), strict=True)
+    for log_p, log_q in each:
+        total += (log_p.exp() * (log_p - log_q)).sum(dtype=total.dtype)
+    return total
+
+
+def _log_probabilities(logits: Tensor, scored: Tensor) -> Iterator[Tensor]:
+    # One context at a time: over a large vocabulary a batch of these is bigger than the logits.
+    for rows, here in zip(logits, scored, strict=True):
+        yield rows[here].log_softmax(-1, dtype=torch.float32)  # (scored, vocabulary)

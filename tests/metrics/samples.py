@@ -1,0 +1,57 @@
+"""Random activations, codes and reconstructions for the metrics of dictionaries."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_sae.metrics import (
+    L0,
+    DeadFeatures,
+    FeatureDensity,
+    FractionOfVarianceUnexplained,
+    L0StandardDeviation,
+)
+
+D_MODEL = 3
+N_FEATURES = 7
+
+
+def all_metrics() -> dict[str, Metric]:
+    return {
+        "l0": L0(),
+        "l0_std": L0StandardDeviation(),
+        "density": FeatureDensity(N_FEATURES),
+        "dead": DeadFeatures(N_FEATURES),
+        "fvu": FractionOfVarianceUnexplained(D_MODEL),
+    }
+
+
+def sample(tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Return `codes`, `x` and `reconstruction` of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randn(tokens, N_FEATURES, generator=generator) - torch.linspace(0, 3, N_FEATURES)
+    x = 5 + torch.randn(tokens, D_MODEL, generator=generator)
+    noise = torch.randn(tokens, D_MODEL, generator=generator)
+    return {"codes": codes.relu(), "x": x, "reconstruction": x + 0.3 * noise}
+
+
+def split(data: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
+    """Cut the tokens into batches of these sizes."""
+    parts = {name: tensor.split(sizes) for name, tensor in data.items()}
+    return [{name: parts[name][i] for name in parts} for i in range(len(sizes))]
+
+
+def update(metric: Metric, batch: dict[str, Tensor]) -> None:
+    """Update any of the metrics with the part of the batch that it takes."""
+    takes_x = isinstance(metric, FractionOfVarianceUnexplained)
+    names = ("reconstruction", "x") if takes_x else ("codes",)
+    metric.update(*[batch[name] for name in names])
+
+
+def values(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the value of every metric after these batches."""
+    metrics = all_metrics()
+    for metric in metrics.values():
+        for batch in batches:
+            update(metric, batch)
+    return {name: metric.compute() for name, metric in metrics.items()}
