@@ -1,0 +1,326 @@
+import doctest
+import math
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_sae import zipf
+from lightning_sae.zipf import (
+    ZipfFitError,
+    ZipfMandelbrot,
+    dying_fraction,
+    fit_zipf,
+    round_budgets,
+    zipf_budgets,
+)
+
+N_FEATURES = 24_576
+TOKENS = 1_000_000
+
+
+def law(exponent, offset, n_features=N_FEATURES, matches_per_token=32.0):
+    """Zipf-Mandelbrot densities that sum to `matches_per_token`, or less if the first would be
+    above 0.6."""
+    shape = (torch.arange(1, n_features + 1, dtype=torch.float64) + offset) ** -exponent
+    return shape * min(matches_per_token / shape.sum(), 0.6 / shape[0])
+
+
+def measured(density, tokens=TOKENS, seed=0):
+    """Densities as counted on `tokens` tokens, in random order of features."""
+    generator = torch.Generator().manual_seed(seed)
+    density = density[torch.randperm(len(density), generator=generator)]
+    counts = torch.poisson(density * tokens, generator=generator)
+    return (counts / tokens).clamp(max=1).float()
+
+
+def test_doctests():
+    assert doctest.testmod(zipf).failed == 0
+
+
+@pytest.mark.parametrize("exponent", [0.6, 0.8, 1.05, 1.3, 1.5])
+@pytest.mark.parametrize("offset", [0, 3, 12, 50])
+def test_fit_recovers_a_known_law(exponent, offset):
+    density = law(exponent, offset)
+    fitted = fit_zipf(measured(density), TOKENS)
+    assert fitted.exponent == pytest.approx(exponent, rel=0.005)
+    assert fitted.offset == pytest.approx(offset, rel=0.05, abs=0.1)
+    ranks = torch.tensor([1, 100, 1000])
+    torch.testing.assert_close(fitted.density(ranks), density[ranks - 1], rtol=0.02, atol=0)
+
+
+def test_fit_of_few_tokens_is_not_biased_by_sorting():
+    """The order of noisy counts is steeper at its end than the law: plain regression sees that."""
+    density = law(1.05, 12)
+    fits = [fit_zipf(measured(density, 100_000, seed), 100_000).exponent for seed in range(5)]
+    assert sum(fits) / 5 == pytest.approx(1.05, abs=0.0015)
+
+
+def test_fit_agrees_with_a_brute_force_poisson_likelihood():
+    """On the ranks that are fitted, the maximum of the likelihood lies where least squares ends."""
+    density = measured(law(0.9, 5, n_features=2000), 10_000_000)
+    fitted = fit_zipf(density, 10_000_000)
+    counts = (density.double().sort(descending=True).values * 10_000_000)[:1620]
+    ranks = torch.arange(1, 1621, dtype=torch.float64)
+
+    def log_likelihood(exponent, offset):
+        shape = (ranks + offset) ** -exponent
+        expected = shape * counts.sum() / shape.sum()  # the best scale for this shape
+        return float((counts * expected.log() - expected).sum())
+
+    best = max(
+        (log_likelihood(0.85 + 0.005 * i, 4 + 0.1 * j), 0.85 + 0.005 * i, 4 + 0.1 * j)
+        for i in range(21)
+        for j in range(21)
+    )
+    assert fitted.exponent == pytest.approx(best[1], abs=0.006)
+    assert fitted.offset == pytest.approx(best[2], abs=0.3)
+
+
+def test_goodness_of_an_exact_law_and_of_a_broken_tail():
+    exact = fit_zipf(law(1.05, 12), 10**9)
+    assert exact.r2 > 0.9999
+    assert exact.r2_middle > 0.9999
+    assert exact.tail_deviation < 0.01
+
+    density = law(1.05, 12)
+    density[22_000:] /= 10
+    broken = fit_zipf(density, 10**9)
+    assert broken.exponent == pytest.approx(1.05, abs=0.001)  # the tail is not fitted
+    assert broken.tail_deviation == pytest.approx(math.log(10), abs=0.01)
+    assert broken.r2 < 0.9
+    assert broken.r2_middle > 0.9999
+
+
+def test_goodness_is_what_its_definition_says():
+    density = measured(law(1.2, 4, n_features=1000), 100_000)
+    fitted = fit_zipf(density, 100_000)
+    observed = density[density > 0].sort(descending=True).values.double()
+    assert len(observed) == 1000
+    expected = fitted.density(torch.arange(1, 1001))
+    ratio = (observed / expected).log()
+
+    def r2(part):
+        logs = observed[part].log()
+        return float(1 - ratio[part].square().sum() / (logs - logs.mean()).square().sum())
+
+    assert fitted.r2 == pytest.approx(r2(slice(None)), abs=1e-9)
+    assert fitted.r2_middle == pytest.approx(r2(slice(3, 810)), abs=1e-9)
+    assert fitted.tail_deviation == pytest.approx(float(ratio[810:].abs().max()), abs=1e-9)
+
+
+@pytest.mark.parametrize("n_features", [512, 3072, N_FEATURES])
+def test_fit_is_sane_when_most_features_are_dead(n_features):
+    """Lognormal rates of the live tenth end in a cliff, which once gave s=7 and q=242."""
+    generator = torch.Generator().manual_seed(0)
+    rates = (3 * torch.randn(n_features, generator=generator)).exp().double()
+    rates[torch.rand(n_features, generator=generator) < 0.9] = 0
+    density = measured((rates / rates.sum() * 8).clamp(max=0.9))
+    fitted = fit_zipf(density, TOKENS)
+    live = int((density > 0).sum())
+    assert 0.1 <= fitted.exponent <= 3
+    assert 0 <= fitted.offset <= live / 10
+    assert 0.01 < fitted.density(torch.tensor(1)) < 10
+
+
+def test_fit_of_equal_densities_does_not_crash():
+    fitted = fit_zipf(torch.full((100,), 0.1), 10_000)
+    assert fitted.exponent == pytest.approx(0.1)
+    assert not fitted.r2 > 0
+
+
+def test_fit_is_fast():
+    density = measured(law(1.05, 12))
+    fit_zipf(density, TOKENS)
+    start = time.process_time()
+    fit_zipf(density, TOKENS)
+    assert time.process_time() - start < 0.2
+
+
+@pytest.mark.parametrize(
+    ("density", "tokens"),
+    [
+        (torch.zeros(100), 1000),
+        (torch.zeros(0), 1000),
+        (torch.tensor([0.5, 0.1] + [0.0] * 100), 1000),
+        (law(1.0, 5, n_features=100).float(), 10),
+    ],
+)
+def test_too_few_live_features_cannot_be_fitted(density, tokens):
+    with pytest.raises(ZipfFitError, match=r"needs 10 features .* measure more"):
+        fit_zipf(density, tokens)
+    assert dying_fraction(density, tokens).isnan()
+
+
+@pytest.mark.parametrize("function", [fit_zipf, dying_fraction])
+@pytest.mark.parametrize(
+    ("density", "tokens"),
+    [
+        (torch.full((100,), 1.5), 1000),
+        (torch.full((100,), -0.5), 1000),
+        (torch.full((100,), math.nan), 1000),
+        (torch.full((10, 10), 0.5), 1000),
+        (torch.full((100,), 0.5), 0),
+    ],
+)
+def test_bad_densities_are_refused(function, density, tokens):
+    with pytest.raises(ValueError, match=f"tokens={tokens}.*within 0 .. 1") as error:
+        function(density, tokens)
+    assert not isinstance(error.value, ZipfFitError)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fit_is_a_value():
+    density = law(1.0, 5, n_features=1000)
+    assert fit_zipf(density, TOKENS) == fit_zipf(density.flip(0), TOKENS)
+    assert isinstance(fit_zipf(density, TOKENS), ZipfMandelbrot)
+
+
+def test_a_lawful_dictionary_has_no_dying_features():
+    assert dying_fraction(measured(law(1.05, 12)), TOKENS) == 0
+    # On few tokens many counts are tiny: noise, not dying.
+    assert dying_fraction(measured(law(1.05, 12), 50_000), 50_000) < 0.001
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("dying", [0.0, 0.05, 0.1])
+def test_dying_features_are_counted_without_the_dead(dead, dying):
+    fate = torch.rand(N_FEATURES, generator=torch.Generator().manual_seed(1))
+    rate = torch.where(fate < dead, 0.0, torch.where(fate < dead + dying, 0.02, 1.0))
+    # The survivors close ranks, so they follow the law of a smaller dictionary.
+    found = dying_fraction(measured(law(1.05, 12) * rate, 10**8), 10**8)
+    assert found.shape == ()
+    assert found == pytest.approx(dying, abs=0.02)
+
+
+@st.composite
+def feasible_budgets(draw):
+    n_features = draw(st.integers(1, 300))
+    minimum = draw(st.sampled_from([0.0, 0.25, 1.0, 3.0]))
+    maximum = minimum + draw(st.floats(0.1, 1000))
+    total = n_features * (minimum + draw(st.floats(0, 1)) * (maximum - minimum))
+    total = min(max(total, n_features * minimum), n_features * maximum)
+    return {
+        "total": total,
+        "n_features": n_features,
+        "minimum": minimum,
+        "maximum": maximum,
+        "exponent": draw(st.floats(0, 3)),
+        "offset": draw(st.floats(0, 50)),
+    }
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(feasible_budgets())
+def test_budgets_follow_the_law_within_bounds_and_sum_to_the_total(arguments):
+    budgets = zipf_budgets(**arguments)
+    assert budgets.dtype == torch.float64
+    assert budgets.shape == (arguments["n_features"],)
+    assert float(budgets.sum()) == pytest.approx(arguments["total"], rel=1e-9)
+    assert (budgets >= arguments["minimum"]).all()
+    assert (budgets <= arguments["maximum"]).all()
+    assert (budgets[1:] <= budgets[:-1]).all()
+    ranks = torch.arange(1, arguments["n_features"] + 1, dtype=torch.float64)
+    shape = (ranks + arguments["offset"]) ** -arguments["exponent"]
+    free = (budgets > arguments["minimum"]) & (budgets < arguments["maximum"])
+    scale = (budgets / shape)[free]
+    if len(scale):
+        torch.testing.assert_close(scale, scale[0].expand_as(scale), rtol=1e-9, atol=0)
+        capped = budgets == arguments["maximum"]  # they would be larger still
+        assert (shape[capped] * scale[0] >= arguments["maximum"] * (1 - 1e-9)).all()
+        lifted = budgets == arguments["minimum"]
+        assert (shape[lifted] * scale[0] <= arguments["minimum"] * (1 + 1e-9)).all()
+
+
+def test_exponent_zero_is_uniform():
+    budgets = zipf_budgets(96, 64, exponent=0.0, maximum=100)
+    torch.testing.assert_close(budgets, torch.full((64,), 1.5, dtype=torch.float64))
+
+
+def test_offset_defaults_to_a_thousandth_of_the_features():
+    given = zipf_budgets(32 * 4096, N_FEATURES, maximum=4096, offset=24.576)
+    assert torch.equal(given, zipf_budgets(32 * 4096, N_FEATURES, maximum=4096))
+
+
+def test_budgets_of_gpt2_scale():
+    budgets = zipf_budgets(32 * 4096, N_FEATURES, maximum=0.2 * 4096)
+    assert float(budgets.sum()) == pytest.approx(32 * 4096, abs=1e-6)
+    assert budgets[0] > 100 * budgets[-1] >= 100
+    assert int(round_budgets(budgets, seed=7).sum()) == 32 * 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total": 100, "n_features": 512, "maximum": 10}, r"total=100 .*within 512\.0 \.\. 5120"),
+        ({"total": 600, "n_features": 10, "maximum": 50}, r"total=600 .*\.\. 500, or 60\.0 a f"),
+        ({"total": math.nan, "n_features": 10, "maximum": 50}, "total=nan"),
+        ({"total": 30, "n_features": 10, "maximum": 0.5}, r"maximum=0\.5"),
+        ({"total": 30, "n_features": 10, "maximum": math.inf}, "maximum=inf"),
+        ({"total": 30, "n_features": 0, "maximum": 5}, "n_features=0 must be > 0"),
+        ({"total": 30, "n_features": 10, "maximum": 5, "minimum": -1.0}, r"minimum=-1\.0"),
+        ({"total": 30, "n_features": 10, "maximum": 5, "exponent": -1.0}, r"exponent=-1\.0"),
+        ({"total": 30, "n_features": 10, "maximum": 5, "offset": -0.5}, r"offset=-0\.5"),
+    ],
+)
+def test_infeasible_budgets_are_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        zipf_budgets(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_the_numbers_that_the_message_names_do_work():
+    for total in (512.0, 5120.0):
+        assert float(zipf_budgets(total, 512, maximum=10).sum()) == pytest.approx(total)
+    assert float(zipf_budgets(100, 512, maximum=10, minimum=100 / 512).sum()) == pytest.approx(100)
+    assert float(zipf_budgets(600, 10, maximum=60.0).sum()) == pytest.approx(600)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(feasible_budgets(), st.integers(0, 2**63 - 1))
+def test_rounding_keeps_the_sum_and_stays_within_one(arguments, seed):
+    arguments["maximum"] = max(arguments["maximum"], arguments["minimum"] + 1)
+    n_features = arguments["n_features"]
+    total = math.ceil(arguments["total"])
+    arguments["total"] = total if total <= n_features * arguments["maximum"] else total - 1
+    budgets = zipf_budgets(**arguments)
+    rounded = round_budgets(budgets, seed)
+    assert rounded.dtype == torch.int64
+    assert int(rounded.sum()) == arguments["total"]
+    assert ((rounded - budgets).abs() < 1).all()
+    assert (rounded >= budgets.floor()).all()
+    assert torch.equal(rounded, round_budgets(budgets, seed))
+
+
+def test_rounding_is_unbiased():
+    budgets = zipf_budgets(40, 30, maximum=8.0, minimum=0.1)
+    rounds = 4000
+    mean = sum(round_budgets(budgets, seed) for seed in range(rounds)) / rounds
+    fraction = budgets - budgets.floor()
+    error = (fraction * (1 - fraction) / rounds).sqrt()
+    assert ((mean - budgets).abs() <= 4 * error + 1e-9).all()
+
+
+def test_rounding_leaves_integers_alone_and_seeds_differ():
+    whole = torch.tensor([3.0, 1.0, 0.0, 1.0])
+    assert round_budgets(whole, seed=5).tolist() == [3, 1, 0, 1]
+    nearly = torch.tensor([3 - 1e-12, 1 + 1e-12], dtype=torch.float64)
+    assert {tuple(round_budgets(nearly, seed).tolist()) for seed in range(50)} == {(3, 1)}
+    halves = torch.full((10,), 0.5)
+    assert len({tuple(round_budgets(halves, seed).tolist()) for seed in range(50)}) > 10
+
+
+def test_rounding_does_not_touch_the_global_random_state():
+    state = torch.get_rng_state()
+    round_budgets(torch.full((10,), 0.5), seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "budgets", [[0.5, 0.7], [-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0], [1.0, 0.00001]]
+)
+def test_budgets_that_cannot_be_rounded_are_refused(budgets):
+    with pytest.raises(ValueError, match="budgets must be >= 0 and sum to a whole number"):
+        round_budgets(torch.tensor(budgets), seed=0)
