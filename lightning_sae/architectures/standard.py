@@ -1,0 +1,78 @@
+"""The ReLU SAE with an L1 penalty: Bricken et al. 2023,
+https://transformer-circuits.pub/2023/monosemantic-features.
+"""  # noqa: D205 - the link is the summary's end
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_sae.allocation import Matches, threshold_choice
+from lightning_sae.losses import sparsity_loss
+from lightning_sae.sae import SparseAutoencoder
+
+
+class StandardSAE(SparseAutoencoder):
+    """Every positive affinity is a match, and an L1 penalty keeps them few.
+
+    There is no budget: how many matches a token gets follows from the penalty. It shrinks all
+    activations and leaves features dead, which the other architectures avoid.
+
+    Args:
+        d_model: Width of the activations.
+        n_features: Size of the dictionary.
+        l1_coefficient: Weight of the L1 norm of the codes per token. Activations are scaled to a
+            mean squared length of d_model first, as in the April 2024 update of its authors.
+        l1_warmup_tokens: Tokens over which the weight rises linearly from zero.
+        dead_after_tokens: Tokens without a match after which a feature counts as dead.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
+            decay to zero over the run.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_features: int,
+        l1_coefficient: float = 5.0,
+        *,
+        l1_warmup_tokens: int = 0,
+        dead_after_tokens: int = 10_000_000,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        if l1_coefficient < 0 or l1_warmup_tokens < 0:
+            raise ValueError(
+                f"l1_coefficient={l1_coefficient} and l1_warmup_tokens={l1_warmup_tokens} "
+                "must not be negative"
+            )
+        super().__init__(
+            d_model,
+            n_features,
+            aux_k_coefficient=0.0,
+            k_aux=None,
+            dead_after_tokens=dead_after_tokens,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+        )
+        self.l1_coefficient = l1_coefficient
+        self.l1_warmup_tokens = l1_warmup_tokens
+
+    def choose(self, affinities: Tensor) -> Matches:
+        """Match every pair of positive affinity."""
+        return threshold_choice(affinities, 0.0)
+
+    def choose_alone(self, affinities: Tensor) -> Matches:
+        """Match as in training: a token's matches do not depend on the other tokens."""
+        return self.choose(affinities)
+
+    def penalties(self, affinities: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
+        """Return the L1 penalty."""
+        warm = (self.tokens_seen / max(1, self.l1_warmup_tokens)).clamp(max=1.0)
+        coefficient = self.l1_coefficient * (warm if self.l1_warmup_tokens else 1.0)
+        return {"sparsity_loss": coefficient * sparsity_loss(matches, self.d_model)}

@@ -1,0 +1,58 @@
+"""What architectures that choose over the batch share: thresholds that replace the batch.
+
+Source of the idea: Bussmann et al. 2024 (BatchTopK, arXiv 2412.06410), who average the smallest
+chosen activation. How Ayonrinde 2024 evaluates without a batch is not known to us.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lightning_sae.allocation import Matches, threshold_choice
+from lightning_sae.distributed import mean_over_ranks
+from lightning_sae.sae import SparseAutoencoder
+
+AVERAGING = 0.99  # weight of the past in the running average, a batch
+
+
+class ThresholdSAE(SparseAutoencoder):
+    """An architecture that trains on the batch and evaluates each token against thresholds.
+
+    Attributes:
+        threshold: Running average of what each training batch was cut at, float32, NaN until the
+            first one. In scaled activations, as the affinities are.
+    """
+
+    threshold: Tensor
+
+    def register_threshold(self, *shape: int) -> None:
+        """Add the buffer: one threshold, or with n_features as the shape one a feature."""
+        self.register_buffer("threshold", torch.full(shape, torch.nan))
+
+    @abstractmethod
+    def batch_threshold(self, affinities: Tensor, matches: Matches) -> Tensor:
+        """Return what a batch was cut at, in the shape of `threshold`."""
+
+    def choose_alone(self, affinities: Tensor) -> Matches:
+        """Match every pair whose affinity is above the threshold.
+
+        Raises:
+            RuntimeError: If no training batch has set the threshold.
+        """
+        if self.threshold.isnan().any():
+            raise RuntimeError(
+                f"threshold of {type(self).__name__} is not calibrated: "
+                "train on at least one batch, or load a trained checkpoint, before eval()"
+            )
+        return threshold_choice(affinities, self.threshold)
+
+    def observe(self, affinities: Tensor, matches: Matches) -> None:
+        """Move the threshold towards what this batch was cut at."""
+        seen = mean_over_ranks(self.batch_threshold(affinities, matches).float())
+        first = self.threshold.isnan()
+        self.threshold.copy_(torch.where(first, seen, self.threshold.lerp(seen, 1 - AVERAGING)))
+
+    def threshold_statistics(self) -> dict[str, Tensor]:
+        """Return the mean threshold."""
+        return {"threshold": self.threshold.mean()}

@@ -1,0 +1,40 @@
+"""Mutual Choice: the budget holds over the batch, the threshold takes its place."""
+
+import pytest
+import torch
+
+from lightning_sae import MutualChoiceSAE
+from tests.helpers.superposition import superposition
+
+
+def test_the_budget_is_of_the_batch_not_of_the_token():
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(8, 24, k=3)
+    _, stats = sae.loss(superposition(128, 8, n_features=16, seed=0))
+    assert stats["l0"] == 3
+    assert stats["l0_std"] > 0
+
+
+def test_the_threshold_follows_the_smallest_choice_and_keeps_the_budget():
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(8, 24, k=3)
+    x = superposition(128, 8, n_features=16, seed=0)
+    sae.loss(x)
+    smallest = sae.encode(x)[sae.encode(x) > 0].min()
+    torch.testing.assert_close(sae.threshold, smallest.detach())
+    for _ in range(3):
+        sae.loss(x)
+    sae.eval()
+    assert (sae.encode(x) > 0).sum().item() / 128 == pytest.approx(3, rel=0.01)
+
+
+def test_an_uncalibrated_threshold_is_refused():
+    sae = MutualChoiceSAE(8, 24, k=3).eval()
+    with pytest.raises(RuntimeError, match="threshold of MutualChoiceSAE is not calibrated"):
+        sae.encode(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("k", [0, -1, 25])
+def test_k_out_of_range(k: int):
+    with pytest.raises(ValueError, match=f"k={k} is out of range: it must be 1 to n_features=24"):
+        MutualChoiceSAE(8, 24, k=k)

@@ -1,0 +1,309 @@
+"""What holds for every architecture."""
+
+import copy
+import math
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from tests.helpers.superposition import superposition
+
+D_MODEL, N_FEATURES, K = 16, 48, 4
+ARCHITECTURES = {
+    "standard": partial(StandardSAE, D_MODEL, N_FEATURES, 0.5),
+    "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),
+    "mutual_choice": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K),
+    "feature_choice_uniform": partial(FeatureChoiceSAE, D_MODEL, N_FEATURES, K, budgets="uniform"),
+    "feature_choice_zipf": partial(FeatureChoiceSAE, D_MODEL, N_FEATURES, K, budgets="zipf"),
+}
+# A Trainer that only trains is right for a test, and Lightning remarks on it.
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+every_architecture = pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def activations(tokens: int = 64) -> torch.Tensor:
+    """Activations with a large mean and an odd scale, as residual streams have them."""
+    return superposition(tokens, D_MODEL, n_features=32, seed=tokens) * 7 + 20
+
+
+def train(sae: SparseAutoencoder, steps: int, lr: float = 3e-3) -> list[float]:
+    """Train in a plain loop, no Trainer."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    losses = []
+    for step in range(steps):
+        loss, _ = sae.loss(superposition(256, D_MODEL, n_features=32, seed=step) * 7 + 20)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sae.normalize_decoder()
+        losses.append(loss.item())
+    return losses
+
+
+@every_architecture
+def test_learns_in_a_plain_loop(make):
+    sae = make()
+    losses = train(sae, 150)
+    assert losses[-1] < 0.5 * losses[0]
+    sae.eval()
+    x = activations(512)
+    error = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert error < 0.5
+    assert int(sae.tokens_seen) == 150 * 256
+
+
+@every_architecture
+def test_gradients_equal_dense_autograd(make):
+    """The loss, written out with dense codes and no shortcut, has the same gradients."""
+    sae = make(dead_after_tokens=100).double()
+    x = activations().double()
+    sae.loss(x)  # sets the scale
+    sae.tokens_since_fired[:20] = 1000  # so that AuxK has something to do
+    reference = copy.deepcopy(sae)
+    loss, stats = sae.loss(x)
+    loss.backward()
+
+    scaled = x * reference.input_scale
+    centred = scaled - reference.b_dec
+    affinities = centred @ reference.encoder.weight.T + reference.encoder.bias
+    mask = reference.choose(affinities).to_dense() > 0
+    codes = torch.where(mask, affinities, 0.0)
+    dictionary = reference.W_dec / reference.W_dec.norm(dim=1, keepdim=True)
+    error = scaled - codes @ dictionary - reference.b_dec
+    dense = error.pow(2).mean()
+    if isinstance(reference, StandardSAE):
+        dense = dense + reference.l1_coefficient * codes.sum() / len(x) / D_MODEL
+    else:
+        dead = reference.tokens_since_fired >= 100
+        top = affinities[:, dead].relu().topk(min(D_MODEL // 2, int(dead.sum())), dim=1)
+        extra = torch.zeros_like(affinities[:, dead]).scatter(1, top.indices, top.values)
+        left = error.detach()
+        aux = (left - extra @ dictionary[dead]).pow(2).mean() / (left - left.mean(0)).pow(2).mean()
+        dense = dense + aux / 32
+        assert stats["aux_k_loss"] > 0
+    dense.backward()
+    torch.testing.assert_close(loss, dense)
+    for (name, ours), theirs in zip(sae.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_architecture
+def test_decoder_gradient_is_orthogonal_to_its_rows(make):
+    sae = make()
+    sae.loss(activations())[0].backward()
+    along = (sae.W_dec.grad * sae.W_dec).sum(1)
+    torch.testing.assert_close(along, torch.zeros(N_FEATURES), atol=1e-6, rtol=0)
+
+
+@every_architecture
+def test_a_token_is_encoded_alone_in_eval_mode(make):
+    sae = make()
+    train(sae, 5)
+    sae.eval()
+    x = activations()
+    together = sae.encode(x)
+    alone = torch.cat([sae.encode(row[None]) for row in x])
+    torch.testing.assert_close(together, alone)
+    assert sae.encode(x.view(4, 16, D_MODEL)).shape == (4, 16, N_FEATURES)
+    torch.testing.assert_close(sae(x.view(4, 16, D_MODEL)).view(64, -1), sae(x))
+
+
+@every_architecture
+def test_eval_mode_changes_nothing(make):
+    sae = make()
+    train(sae, 2)
+    sae.eval()
+    before = copy.deepcopy(sae.state_dict())
+    _, stats = sae.loss(activations())
+    assert "aux_k_loss" not in stats
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@every_architecture
+def test_the_first_batch_sets_origin_and_scale(make):
+    sae = make()
+    x = activations()
+    _, stats = sae.loss(x)
+    torch.testing.assert_close(sae.input_mean, x.mean(0))
+    torch.testing.assert_close(sae.b_dec.detach(), x.mean(0) * sae.input_scale)
+    scaled = (x - x.mean(0)) * sae.input_scale
+    torch.testing.assert_close(scaled.square().sum(1).mean(), torch.tensor(float(D_MODEL)))
+    # Scaled activations have unit variance, so the two measures of the error agree.
+    torch.testing.assert_close(stats["reconstruction_loss"], stats["fvu"])
+    sae.loss(x + 1)
+    torch.testing.assert_close(sae.input_mean, x.mean(0))  # only the first
+
+
+def test_initialisation_is_tied_and_of_unit_norm():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    assert torch.equal(sae.encoder.weight, sae.W_dec)
+    assert sae.encoder.weight.data_ptr() != sae.W_dec.data_ptr()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(N_FEATURES))
+
+
+def test_dead_features_are_counted_in_tokens_and_revived():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K, dead_after_tokens=128)
+    sae.encoder.bias.data[:10] = -1e3  # these cannot fire
+    for seed in range(3):
+        _, stats = sae.loss(activations(64) + seed)
+    assert (sae.tokens_since_fired[:10] == 192).all()
+    assert sae.dead_features_mask()[:10].all()
+    assert stats["dead_fraction"] >= 10 / N_FEATURES
+    sae.encoder.bias.data[0] = 1e3
+    sae.loss(activations(64))
+    assert sae.tokens_since_fired[0] == 0
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_state_stays_exact_in_sixteen_bits(make, dtype: torch.dtype):
+    sae = make()
+    sae.loss(activations())
+    exact = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    sae.to(dtype)
+    assert sae.W_dec.dtype == dtype
+    for name, buffer in sae.named_buffers():
+        assert torch.equal(buffer, exact[name]), name
+        assert buffer.dtype == exact[name].dtype
+    assert sae.affinities(torch.randn(2, D_MODEL, dtype=dtype)).dtype == torch.float32
+
+
+def test_affinities_ignore_autocast():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    x = torch.randn(3, D_MODEL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = sae.affinities(x)
+    assert torch.equal(mixed, sae.affinities(x))
+
+
+class Host(pl.LightningModule):
+    """Somebody else's module that trains an SAE among other things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sae = MutualChoiceSAE(D_MODEL, N_FEATURES, K)
+        self.probe = nn.Linear(D_MODEL, 1)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        sae_loss, stats = self.sae.loss(x)
+        self.log("l0", stats["l0"])
+        return sae_loss + functional.mse_loss(self.probe(self.sae(x)).squeeze(1), y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
+
+
+def quiet_trainer(**kwargs) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+
+
+def loader(tokens: int = 2048, *columns: torch.Tensor) -> DataLoader:
+    return DataLoader(TensorDataset(activations(tokens), *columns), batch_size=128)
+
+
+def test_trains_as_a_child_of_another_module():
+    host = Host()
+    before = host.sae.W_dec.detach().clone()
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(host, loader(2048, torch.randn(2048)))
+    assert not torch.allclose(before, host.sae.W_dec)
+    assert trainer.callback_metrics["l0"] == pytest.approx(K)
+    host.eval()
+    assert host.sae(activations()).shape == (64, D_MODEL)
+
+
+@every_architecture
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_checkpoint_from_python_restores_everything(make, accumulate: int, tmp_path):
+    sae = make(optimizer=torch.optim.AdamW)
+    trainer = quiet_trainer(max_steps=5, accumulate_grad_batches=accumulate, max_epochs=-1)
+    trainer.fit(sae, loader(4096))
+    path = tmp_path / "sae.ckpt"
+    trainer.save_checkpoint(path)
+
+    raw = torch.load(path, weights_only=True)  # no code runs on loading
+    norms = raw["state_dict"]["W_dec"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(N_FEATURES), atol=1e-6, rtol=0)
+
+    again = type(sae).load_from_checkpoint(path)
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    x = activations()
+    assert torch.equal(again.eval()(x), sae.eval()(x))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(TopKSAE(D_MODEL, N_FEATURES, K), loader())
+    trainer.save_checkpoint(tmp_path / "topk.ckpt")
+    for other in (MutualChoiceSAE(D_MODEL, N_FEATURES, K), TopKSAE(D_MODEL, N_FEATURES + 1, K)):
+        with pytest.raises(ValueError, match="the checkpoint holds TopKSAE") as caught:
+            quiet_trainer().test(other, loader(), ckpt_path=tmp_path / "topk.ckpt")
+        assert "\n" not in str(caught.value)
+
+
+def test_evaluation_in_a_trainer_measures_held_out_tokens():
+    sae = MutualChoiceSAE(D_MODEL, N_FEATURES, K, optimizer=partial(torch.optim.Adam, lr=3e-3))
+    trainer = quiet_trainer(max_epochs=10)
+    trainer.fit(sae, loader(4096), loader(1000))  # sanity checking precedes calibration
+    assert {"val/fvu", "val/l0_std", "val/dying_fraction"} <= trainer.callback_metrics.keys()
+    metrics = trainer.test(sae, loader(1000), verbose=False)[0]
+    sae.eval()
+    x = activations(1000)
+    codes = sae.encode(x)
+    assert metrics["test/l0"] == pytest.approx((codes > 0).sum(1).float().mean().item())
+    fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert metrics["test/fvu"] == pytest.approx(fvu.item(), rel=1e-4)
+    dead = (codes > 0).sum(0) == 0
+    assert metrics["test/dead_fraction"] == pytest.approx(dead.float().mean().item())
+    assert metrics["test/threshold"] == pytest.approx(sae.threshold.item())
+
+
+def test_predict_returns_matches():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    matches = quiet_trainer().predict(sae, loader(128))
+    assert len(matches) == 1
+    sae.eval()
+    assert torch.equal(matches[0].to_dense(), sae.encode(activations(128)))
+
+
+def test_nonsense_is_refused_in_one_line():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    with pytest.raises(ValueError, match="activations are 5 wide, expected d_model=16"):
+        sae.encode(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="must be finite and not all the same"):
+        sae.loss(torch.ones(8, D_MODEL))
+    with pytest.raises(ValueError, match="must be finite"):
+        sae.loss(activations().fill_(math.nan))
+    with pytest.raises(ValueError, match="n_features=0 must be at least 1"):
+        StandardSAE(D_MODEL, 0)
+    with pytest.raises(TypeError, match="abstract"):
+        SparseAutoencoder(4, 4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    sae.loss(activations())
+    bad = TensorDataset(activations(128).fill_(math.inf))
+    with pytest.raises(ValueError, match=r"loss=(inf|nan) after"):
+        quiet_trainer(max_steps=3).fit(sae, DataLoader(bad, batch_size=64))
