@@ -1,0 +1,161 @@
+"""Pictures of how often features fire, for TensorBoard and for notebooks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_sae.zipf import ZipfFitError, fit_zipf
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LIGHT, _MEDIUM, _DARK = "#c6d7ea", "#6a9bcd", "#17375e"
+_BINS_PER_DECADE = 5
+_MOST_POINTS = 10_000  # of a curve; millions of features would look the same, only slower
+
+
+class FeatureDensityFigures(Callback):
+    """Draws feature densities into TensorBoard at the end of every validation and test.
+
+    Under `val/` or `test/`: the figures `density_histogram` and `density_by_rank`, and a histogram
+    `log10_density` of the live features that TensorBoard can lay out over time. Other loggers are
+    left alone.
+
+    The module needs an attribute `feature_density`, a torchmetrics metric whose `compute()` returns
+    densities, shape (features,), and whose `tokens` counts this rank's tokens, as
+    `SparseAutoencoder` has; any other module is left alone.
+    """
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, unless this is only the check before training."""
+        if not trainer.sanity_checking:
+            _log_figures(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw."""
+        _log_figures(trainer, pl_module, "test")
+
+
+def plot_density_histogram(density: Tensor, tokens: int) -> Figure:
+    """Draw how many features fire how often, the dead ones as a bar of their own.
+
+    Args:
+        density: Share of tokens on which each feature fires, (features,).
+        tokens: Tokens over which it was measured; 1 / tokens is the smallest density there is.
+
+    Returns:
+        A figure that belongs to no window: save it with `savefig`, or let a notebook show it.
+
+    Raises:
+        ValueError: If `density` is no vector of shares or `tokens` is not positive.
+    """
+    live = _live(density, tokens)
+    decades = max(1, math.ceil(math.log10(tokens)))
+    logs = live.log10().clamp(-decades, 0.0)  # rounding may lead out of the range
+    counts, edges = torch.histogram(logs, decades * _BINS_PER_DECADE, range=(-decades, 0.0))
+    dead = density.numel() - live.numel()
+
+    figure, axes = _axes(density, tokens, "Feature densities")
+    axes.stairs(counts.numpy(), edges.numpy(), fill=True, color=_MEDIUM)
+    axes.bar(-decades - 0.7, dead, width=0.4, color=_LIGHT, edgecolor=_MEDIUM)
+    powers = list(range(-decades, 1))
+    labels = [f"$10^{{{power}}}$" for power in powers]
+    axes.set_xticks([-decades - 0.7, *powers], [f"dead:\n{dead:,}", *labels])
+    axes.set_xlabel("density (share of tokens on which a feature fires)")
+    axes.set_ylabel("features")
+    # Where most are dead, their bar leaves the picture, or the others would be too low to see.
+    most = counts.max().item()
+    axes.set_ylim(0, 1.05 * max(most, min(dead, 3 * most or dead)))
+    return figure
+
+
+def plot_rank_density(density: Tensor, tokens: int) -> Figure:
+    """Draw density against rank on logarithmic axes, with the fitted Zipf-Mandelbrot law.
+
+    Args:
+        density: Share of tokens on which each feature fires, (features,), in any order.
+        tokens: Tokens over which it was measured.
+
+    Returns:
+        A figure that belongs to no window: save it with `savefig`, or let a notebook show it. If
+        too few features fire for a fit, it has no curve and says so.
+
+    Raises:
+        ValueError: If `density` is no vector of shares or `tokens` is not positive.
+    """
+    live = _live(density, tokens)
+    spread = torch.logspace(0, math.log10(max(len(live), 1)), _MOST_POINTS, dtype=torch.float64)
+    ranks = spread.round().long().unique()
+
+    figure, axes = _axes(density, tokens, "Feature density by rank")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    shown = ranks[ranks <= len(live)]  # none, if all are dead
+    points = shown.numpy(), live[shown - 1].numpy()
+    axes.plot(*points, ".", color=_MEDIUM, markersize=5, label="live features")
+    try:
+        law = fit_zipf(density, tokens)
+    except ZipfFitError:
+        axes.plot([], [], " ", label="too few live features for a Zipf fit")
+    else:
+        label = (
+            f"Zipf-Mandelbrot: s = {law.exponent:.2f}, q = {law.offset:.1f}\n"
+            f"$R^2$ = {law.r2:.3f} (middle ranks {law.r2_middle:.3f})"
+        )
+        axes.plot(ranks.numpy(), law.density(ranks).numpy(), color=_DARK, label=label)
+    axes.set_xlabel("rank of the feature, densest first")
+    axes.set_ylabel("density (share of tokens)")
+    axes.legend(loc="lower left", frameon=False)
+    return figure
+
+
+def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    metric = getattr(pl_module, "feature_density", None)
+    if metric is None:
+        return
+    # Every rank must take part in these two, or the others would wait for it for ever.
+    density = metric.compute()
+    own = torch.as_tensor(metric.tokens, device=pl_module.device).clone()
+    tokens = int(trainer.strategy.reduce(own, reduce_op="sum"))
+    if tokens == 0 or not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            board, step = logger.experiment, trainer.global_step
+            histogram = plot_density_histogram(density, tokens)
+            board.add_figure(f"{stage}/density_histogram", histogram, step)
+            board.add_figure(f"{stage}/density_by_rank", plot_rank_density(density, tokens), step)
+            live = density[density > 0]
+            if len(live):
+                board.add_histogram(f"{stage}/log10_density", live.log10(), step, bins=60)
+
+
+def _live(density: Tensor, tokens: int) -> Tensor:
+    """Return the densities above 0, largest first, (live features,), float64 on the CPU."""
+    if tokens < 1 or density.ndim != 1 or not ((density >= 0) & (density <= 1)).all():
+        shape = tuple(density.shape)
+        raise ValueError(f"{tokens=} must be > 0, density of {shape=} a vector within 0 .. 1")
+    return density[density > 0].detach().cpu().double().sort(descending=True).values
+
+
+def _axes(density: Tensor, tokens: int, title: str) -> tuple[Figure, Axes]:
+    """Return an empty figure whose title tells how many of how many features are dead."""
+    from matplotlib.figure import Figure  # takes a second: only where something is drawn
+
+    dead = (density == 0).float().mean().item()
+    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    found = f"{density.numel():,} features on {tokens:,} tokens, {dead:.1%} dead"
+    axes.set_title(f"{title}\n{found}", loc="left", size=11)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,60 @@
+"""The results of a test as a person wants to read them."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+_MEANINGS = {
+    "fvu": "share of the activations' variance not reconstructed",
+    "l0": "features that fire on a token, mean",
+    "l0_std": "features that fire on a token, spread over tokens",
+    "dead_fraction": "share of features that never fired",
+    "dying_fraction": "share of features far below their Zipf rate",
+    "tokens": "tokens tested on",
+    "threshold": "affinity above which a feature fires, mean",
+    "loss_recovered_mean": "language model's loss recovered, against mean ablation",
+    "loss_recovered_zero": "language model's loss recovered, against zero ablation",
+    "delta_ce": "rise of that loss by the reconstruction, nats per token",
+    "kl": "divergence of the model's predictions, nats per token",
+    "ce_clean": "language model's loss as it is, nats per token",
+    "ce_spliced": "the same with reconstructed activations",
+    "ce_mean": "the same with the mean activation",
+    "ce_zero": "the same with zeros for activations",
+}
+
+
+class ResultsTable(Callback):
+    """Prints all `test/` metrics as one table when `Trainer.test` ends.
+
+    Pass `verbose=False` to `Trainer.test`, which prints a table of its own otherwise.
+    """
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the table, on one rank only."""
+        if trainer.is_global_zero:
+            found = trainer.callback_metrics.items()
+            print(results_table({k[5:]: v.item() for k, v in found if k.startswith("test/")}))
+
+
+def results_table(results: dict[str, float]) -> str:
+    """Lay out results in aligned lines, with what each one means where that is known.
+
+    Args:
+        results: Values by name. Known names come first, in a fixed order.
+
+    Example:
+        >>> print(results_table({"my_metric": 2.0, "tokens": 131072.0, "fvu": 0.123456}))
+        fvu         0.1235  share of the activations' variance not reconstructed
+        tokens     131,072  tokens tested on
+        my_metric        2
+    """
+    known = [name for name in _MEANINGS if name in results]
+    names = known + [name for name in results if name not in _MEANINGS]
+    values = {name: _number(results[name]) for name in names}
+    left = max(map(len, names), default=0)
+    right = max(map(len, values.values()), default=0)
+    lines = (f"{n:{left}}  {values[n]:>{right}}  {_MEANINGS.get(n, '')}".rstrip() for n in names)
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"

@@ -1,0 +1,77 @@
+"""What `lightning_sae predict` leaves on disk."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_sae.allocation import Matches
+
+
+class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader without a sampler
+    """Writes the matches of each predicted batch to `<output_dir>/rank0-batch00000.safetensors`.
+
+    A file holds `token`, `feature` (int64) and `value`, one entry a match, and the text
+    `[tokens, features]` under `shape` in its metadata. If the batch is a mapping with them, also
+    `input_ids` and `kept` (uint8, 1 or 0), both (contexts, length): row i of the matches is then
+    the i-th kept position. A file has its name only once it is complete.
+
+    Args:
+        output_dir: Folder for the files; made if need be. It must not hold such files yet, lest the
+            matches of two runs get mixed.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
+        self.output_dir = Path(output_dir)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the folder.
+
+        Raises:
+            ValueError: If it holds the matches of an earlier run.
+        """
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if any(self.output_dir.glob(f"{_stem(trainer)}*.safetensors")):
+            raise ValueError(
+                f"output_dir={self.output_dir} holds matches already: remove them or name another"
+            )
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the matches of one batch."""
+        matches: Matches = outputs
+        tensors = {"token": matches.token, "feature": matches.feature, "value": matches.value}
+        if isinstance(batch, Mapping):
+            tensors |= {name: batch[name] for name in ("input_ids", "kept") if name in batch}
+        if "kept" in tensors:
+            tensors["kept"] = tensors["kept"].to(torch.uint8)
+        path = self.output_dir / f"{_stem(trainer)}{batch_idx:05d}.safetensors"
+        _save(tensors, path, shape=json.dumps(matches.shape))
+
+
+def _stem(trainer: pl.Trainer) -> str:
+    return f"rank{trainer.global_rank}-batch"
+
+
+def _save(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    partial = path.with_suffix(".partial")
+    # Clones, because the columns of one tensor share its memory, which safetensors refuses.
+    clones = {
+        name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }
+    save_file(clones, partial, metadata=metadata)
+    partial.replace(path)
