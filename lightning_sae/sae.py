@@ -367,7 +367,7 @@ class SparseAutoencoder(pl.LightningModule, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseAutoencoder":
         """Move buffers between devices, but keep them in float32 when weights become 16-bit."""
         exact = {n: b for n, b in self.named_buffers(recurse=False) if b.dtype == torch.float32}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] - torch does not annotate it
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
         for name, buffer in exact.items():
             moved = getattr(self, name)
             if moved.dtype != torch.float32:
