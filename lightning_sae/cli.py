@@ -181,8 +181,6 @@ def _silence_noise() -> None:
     """Turn off messages of Lightning 2.6 that are no news to the user."""
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
     warnings.filterwarnings("ignore", "The dirpath has changed")  # `test` logs to a new folder
-    # They go with predictions of single rows; matches are written a batch at a time.
-    warnings.filterwarnings("ignore", "Couldn't infer the batch indices")
     advertisements = ("litlogger", "litmodels")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(name in record.getMessage() for name in advertisements)

@@ -97,7 +97,7 @@ def feature_choice(affinities: Tensor, budgets: Tensor) -> Matches:
             f"the batch has {tokens} tokens"
         )
     chosen = largest_positive(_scores(affinities).T.contiguous(), budgets.long())
-    return matches_where(affinities, chosen.T)
+    return matches_where(affinities, chosen.T.contiguous())
 
 
 def threshold_choice(affinities: Tensor, threshold: Tensor | float) -> Matches:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lightning_sae.distributed import sum_over_ranks
 from lightning_sae.zipf import ZipfFitError, fit_zipf
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str)
         return
     # Every rank must take part in these two, or the others would wait for it for ever.
     density = metric.compute()
-    own = torch.as_tensor(metric.tokens, device=pl_module.device).clone()
-    tokens = int(trainer.strategy.reduce(own, reduce_op="sum"))
+    tokens = int(sum_over_ranks(torch.as_tensor(metric.tokens, device=pl_module.device)))
     if tokens == 0 or not trainer.is_global_zero:
         return
     for logger in trainer.loggers:

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from lightning_sae.allocation import Matches
 
-DENSE_ABOVE = 1 / 16  # share of pairs that match: measured break-even of gathers and a dense GEMM
+DENSE_ABOVE = 1 / 16  # share of pairs that match: where gathers and a GEMM cost the same on a CPU
 
 
 def weighted_sum(matches: Matches, dictionary: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -99,7 +98,6 @@ def draw_on_rank(rank):
     codes = torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 0.0], [0.0, 0.0]])
     metric.update(codes[:1] if rank == 0 else codes[1:])
     fake_trainer = SimpleNamespace(
-        strategy=DDPStrategy(),
         is_global_zero=rank == 0,
         loggers=[logger],
         global_step=1,
