@@ -45,6 +45,8 @@ class FeatureChoiceSAE(ThresholdSAE):
         ValueError: If a size is out of range.
     """
 
+    averaging = 0.98  # cuts of single features are noisier than one cut of the whole batch
+
     def __init__(
         self,
         d_model: int,

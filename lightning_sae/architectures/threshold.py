@@ -13,17 +13,18 @@ from lightning_sae.allocation import Matches, threshold_choice
 from lightning_sae.distributed import mean_over_ranks
 from lightning_sae.sae import SparseAutoencoder
 
-AVERAGING = 0.99  # weight of the past in the running average, a batch
-
 
 class ThresholdSAE(SparseAutoencoder):
     """An architecture that trains on the batch and evaluates each token against thresholds.
 
     Attributes:
+        averaging: Weight of the past, a batch, in the running average. The threshold falls while
+            dictionaries improve, and a long average lags behind it: it would fire too rarely.
         threshold: Running average of what each training batch was cut at, float32, NaN until the
             first one. In scaled activations, as the affinities are.
     """
 
+    averaging = 0.9
     threshold: Tensor
 
     def register_threshold(self, *shape: int) -> None:
@@ -51,7 +52,9 @@ class ThresholdSAE(SparseAutoencoder):
         """Move the threshold towards what this batch was cut at."""
         seen = mean_over_ranks(self.batch_threshold(affinities, matches).float())
         first = self.threshold.isnan()
-        self.threshold.copy_(torch.where(first, seen, self.threshold.lerp(seen, 1 - AVERAGING)))
+        self.threshold.copy_(
+            torch.where(first, seen, self.threshold.lerp(seen, 1 - self.averaging))
+        )
 
     def threshold_statistics(self) -> dict[str, Tensor]:
         """Return the mean threshold."""

@@ -1,0 +1,93 @@
+"""Keeps activations on disk, so that a second run need not compute them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["ActivationCache", "model_fingerprint"]
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """A reader of activations that remembers on disk what it has read.
+
+    One file per call, named by the token ids it answers for: text, seed, lengths and batch sizes
+    need no further check, and ranks need not agree on anything. A file appears under its name
+    only when complete. Disk needed: tokens x d_model x bytes of the dtype, for each epoch anew.
+
+    Args:
+        read: Token ids (contexts, length) to activations (contexts, length, d_model).
+        folder: Where the files are; whatever else decides the values belongs in its name.
+        device: Where to put activations that come from the disk.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    folder: Path
+    device: torch.device
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Returns the activations of these contexts, (contexts, length, d_model).
+
+        Raises:
+            ValueError: Their file is damaged.
+        """
+        ids = input_ids.cpu().contiguous()
+        digest = hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.numpy().tobytes())
+        file = self.folder / f"{digest.hexdigest()}.safetensors"
+        if file.exists():
+            return self._load(file)
+        activations = self.read(input_ids)
+        self._save(activations, file)
+        return activations
+
+    def _load(self, file: Path) -> Tensor:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file, device=str(self.device))["activations"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise ValueError(
+                f"cache_dir: {file} is damaged ({error}); delete it, and it is computed again"
+            ) from error
+
+    def _save(self, activations: Tensor, file: Path) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            save_file({"activations": activations.cpu().contiguous()}, temporary)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def model_fingerprint(path: str, config: PretrainedConfig, revision: str) -> str:
+    """What tells a model's weights from all others, as 16 hexadecimal digits.
+
+    Args:
+        path: Folder (then its weight files are hashed) or hub id (then the commit counts).
+        config: The model's configuration as `AutoConfig` read it.
+        revision: Revision asked for.
+    """
+    digest = hashlib.sha256()
+    if Path(path).is_dir():
+        for file in sorted([*Path(path).glob("*.safetensors"), Path(path) / "config.json"]):
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    else:
+        commit = getattr(config, "_commit_hash", None) or revision
+        digest.update(f"{path}@{commit}".encode())
+    return digest.hexdigest()[:16]

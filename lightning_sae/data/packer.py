@@ -1,0 +1,112 @@
+"""Documents to contexts: token sequences of one length."""
+
+from __future__ import annotations
+
+import itertools
+import reprlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Packer"]
+
+DOCUMENTS_AT_ONCE: Final = 1000
+
+
+class Packer:
+    """Packs documents into contexts, and tells which of their tokens count.
+
+    Documents are joined with the tokenizer's EOS token (BOS if it has no EOS), and each context
+    starts with its BOS token (EOS if it has no BOS); a document may go on in the next context.
+    Special tokens are never trained or measured on, nor is the first position of a context,
+    where models park attention and the norm is many times the others'. A tokenizer with neither
+    token joins documents with nothing, and the first position is left out all the same.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        context_length: Tokens of a context, the special ones included.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.start = [token for token in (bos, eos) if token is not None][:1]
+        self.separator = [token for token in (eos, bos) if token is not None][:1]
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = sorted({i for i, t in added if t.special} | {*tokenizer.all_special_ids})
+
+    def pack(self, documents: Sequence[Any]) -> NDArray[np.int32]:
+        """Packs documents; what is left over below one context is dropped.
+
+        Args:
+            documents: Strings.
+
+        Returns:
+            Token ids, (contexts, context_length).
+
+        Raises:
+            ValueError: A document is not a string.
+        """
+        documents = list(documents)  # a `datasets` column is none, though it looks like one
+        for document in documents:
+            if not isinstance(document, str):
+                held = reprlib.repr(document)  # one short line, whatever it is
+                raise ValueError(f"text_column holds {held}, which is not a string")
+        encoded = self.tokenizer(
+            documents, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        joined = itertools.chain.from_iterable(
+            itertools.chain(ids, self.separator) for ids in encoded["input_ids"]
+        )
+        body = self.context_length - len(self.start)
+        tokens = np.fromiter(joined, dtype=np.int32)
+        tokens = tokens[: len(tokens) // body * body].reshape(-1, body)
+        first = np.full((len(tokens), len(self.start)), self.start, dtype=np.int32)
+        return np.concatenate([first, tokens], axis=1)
+
+    def kept(self, input_ids: Tensor) -> Tensor:
+        """Which positions are trained and measured on: a bool mask, (contexts, length)."""
+        special = torch.tensor(self.special, dtype=input_ids.dtype, device=input_ids.device)
+        kept = ~torch.isin(input_ids, special)
+        kept[:, 0] = False
+        return kept
+
+    def pack_all(self, documents: Dataset, column: str) -> Dataset:
+        """Packs a whole data set, once: `datasets` keeps the result on disk.
+
+        Returns:
+            A data set with one column, `input_ids`, of (context_length) each.
+        """
+        from datasets import Features, List, Value
+
+        return documents.map(
+            _pack_batch,
+            batched=True,
+            batch_size=DOCUMENTS_AT_ONCE,
+            remove_columns=[column],
+            features=Features({"input_ids": List(Value("int32"), length=self.context_length)}),
+            fn_kwargs={"packer": self, "column": column},
+            desc="Tokenizing",
+        ).with_format("numpy")
+
+    def pack_lazily(
+        self, documents: Dataset | IterableDataset, column: str
+    ) -> Iterator[NDArray[np.int32]]:
+        """Yields the contexts of a data set in its order, (context_length) each."""
+        for batch in documents.iter(batch_size=DOCUMENTS_AT_ONCE):
+            yield from self.pack(batch[column])
+
+
+def _pack_batch(batch: Any, packer: Packer, column: str) -> dict[str, NDArray[np.int32]]:
+    # `datasets` tells cached results apart by this function's name and arguments, not by what
+    # it calls: rename it when the packing changes.
+    return {"input_ids": packer.pack(batch[column])}

@@ -1,0 +1,198 @@
+"""Contexts to activations: the endless training stream and the fixed held-out batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_sae.distributed import world_size
+
+__all__ = ["ActivationStream", "HeldOutBatch", "HeldOutBatches", "TrainBatch"]
+
+Read = Callable[[Tensor], Tensor]
+"""Token ids (contexts, length) to activations (contexts, length, d_model)."""
+
+Cursor = tuple[int, int]
+"""A place in the stream: a block, and a batch of it."""
+
+
+class TrainBatch(TypedDict):
+    """One rank's share of a training batch: `activations` (tokens, d_model), float32.
+
+    `cursor` is the place right after the batch, where a resumed run goes on.
+    """
+
+    activations: Tensor
+    cursor: Cursor
+
+
+class HeldOutBatch(TypedDict):
+    """Whole contexts: `input_ids` and the mask `kept`, both (contexts, length).
+
+    `activations`, (tokens, d_model) float32, are those of the kept positions, in order.
+    """
+
+    activations: Tensor
+    input_ids: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class ActivationStream:
+    """Endless shuffled activations: each batch is a function of the seed and its cursor alone.
+
+    A block of contexts is read, its kept tokens are shuffled by (seed, block), and cut into
+    batches; what is left below one batch is dropped. Ranks share the reading and then the
+    batches, so the tokens of a batch over all ranks, and their order, do not depend on the
+    number of ranks.
+
+    Args:
+        blocks: Returns the blocks of token ids, (contexts, length), from the given one on.
+        kept: Token ids to the mask of positions to train on, both (contexts, length).
+        read: Reads activations on this rank.
+        batch_size: Tokens of a batch over all ranks; the number of ranks divides it.
+        lm_batch_size: Contexts to read at once.
+        seed: Seed of the shuffle.
+        source: What is read, for error messages.
+        start: Returns the cursor to start at; asked at each `iter()`.
+    """
+
+    blocks: Callable[[int], Iterator[Tensor]]
+    kept: Callable[[Tensor], Tensor]
+    read: Read
+    batch_size: int
+    lm_batch_size: int
+    seed: int
+    source: str
+    start: Callable[[], Cursor]
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        """Yields this rank's share of every batch from the cursor on.
+
+        Raises:
+            ValueError: Activations are not finite, or a block gives less than one batch.
+        """
+        share = self.batch_size // world_size()
+        start, first = self.start()
+        for block, input_ids in enumerate(self.blocks(start), start=start):
+            kept = self.kept(input_ids)
+            order = self._order(block, kept)  # (tokens)
+            activations = _read_together(self.read, input_ids, self.lm_batch_size)
+            _check_finite(activations, kept, f"{self.source}, block {block}")
+            activations = activations.flatten(0, 1)  # (contexts * length, d_model)
+            order = order.to(activations.device)
+            batches = len(order) // self.batch_size
+            for batch in range(first, batches):
+                begin = batch * self.batch_size + _rank() * share
+                yield {
+                    "activations": activations[order[begin : begin + share]].float(),
+                    "cursor": (block, batch + 1) if batch + 1 < batches else (block + 1, 0),
+                }
+            first = 0
+            del activations  # before the next block takes the same memory
+
+    def _order(self, block: int, kept: Tensor) -> Tensor:
+        tokens = kept.flatten().nonzero().squeeze(1)
+        if len(tokens) < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}: block {block} has only {len(tokens)} tokens to "
+                "train on; raise batches_per_block"
+            )
+        shuffle = np.random.default_rng((self.seed, 1, block))
+        return tokens[torch.from_numpy(shuffle.permutation(len(tokens)))]
+
+
+@dataclass(frozen=True)
+class HeldOutBatches:
+    """Held-out contexts in a fixed order, every rank the same number of batches.
+
+    Args:
+        contexts: Token ids, (contexts, length); at least one context per rank.
+        kept: Token ids to the mask of positions to measure on, both (contexts, length).
+        read: Reads activations on this rank.
+        lm_batch_size: Contexts of a batch, or one or a few less.
+        source: What is read, for error messages.
+    """
+
+    contexts: Tensor
+    kept: Callable[[Tensor], Tensor]
+    read: Read
+    lm_batch_size: int
+    source: str
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        ranks, contexts = world_size(), len(self.contexts)
+        return min(math.ceil(contexts / (self.lm_batch_size * ranks)), contexts // ranks)
+
+    def __iter__(self) -> Iterator[HeldOutBatch]:
+        """Yields every n-th batch, n the number of ranks.
+
+        Raises:
+            ValueError: Activations are not finite.
+        """
+        # Equal numbers of batches, no batch empty: collectives hang when a rank has one less.
+        batches = self.contexts.tensor_split(len(self) * world_size())
+        for input_ids in batches[_rank() :: world_size()]:
+            activations, kept = self.read(input_ids), self.kept(input_ids)
+            _check_finite(activations, kept, f"{self.source}, held-out text")
+            yield {
+                "activations": activations[kept.to(activations.device)].float(),
+                "input_ids": input_ids,
+                "kept": kept,
+            }
+
+
+def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
+    """Raises ValueError if an activation at a kept position is NaN or infinite.
+
+    Args:
+        activations: (contexts, length, d_model).
+        kept: Mask of the positions that count, (contexts, length).
+        where: What was read, for the error message.
+    """
+    finite = activations.sum(-1, dtype=torch.float32).isfinite()  # NaN and Inf survive the sum
+    if not bool((finite | ~kept.to(finite.device)).all()):
+        raise ValueError(f"{where}: the activations have NaN or Inf")
+
+
+def _read_together(read: Read, input_ids: Tensor, lm_batch_size: int) -> Tensor:
+    """Reads a block's LM batches, each rank an equal share, and gathers them on every rank.
+
+    The LM batches are the same for any number of ranks, and so the activations, bit for bit.
+
+    Args:
+        read: Reads activations on this rank.
+        input_ids: Token ids of the block, the same on every rank, (contexts, length).
+        lm_batch_size: Contexts to read at once.
+
+    Returns:
+        The block's activations, (contexts, length, d_model).
+    """
+    rank, ranks = _rank(), world_size()
+    parts = input_ids.split(lm_batch_size)
+    share = math.ceil(len(parts) / ranks)
+    # A rank beyond the last part reads that one again: the collective needs equal shapes.
+    places = range(rank * share, (rank + 1) * share)
+    states = (read(parts[min(place, len(parts) - 1)]) for place in places)
+    first = next(states)
+    mine = first.new_empty(share * lm_batch_size, *first.shape[1:])
+    for i, part in enumerate(itertools.chain([first], states)):
+        mine[i * lm_batch_size :][: len(part)] = part
+    if ranks > 1:
+        gathered = mine.new_empty(ranks * len(mine), *mine.shape[1:])
+        dist.all_gather(list(gathered.chunk(ranks)), mine)
+        mine = gathered
+    return mine[: len(input_ids)]
+
+
+def _rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0

@@ -1,0 +1,145 @@
+"""Reads or replaces one layer's residual stream of any Hugging Face causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["ResidualStream", "check_layer"]
+
+
+class _LayerReached(Exception):  # noqa: N818  (a signal that ends a forward pass, not an error)
+    """Carries the residual stream out of a forward pass that need not go on."""
+
+
+class ResidualStream:
+    """The residual stream after one block of a causal language model.
+
+    The stream is read where it leaves the block, after the block's attention and MLP were added
+    and, for the last block too, before the model's final norm. The blocks are found as the only
+    outermost `nn.ModuleList` of `num_hidden_layers` modules.
+
+    Args:
+        model: Any Hugging Face causal language model. Its weights, dtype and device stay as they
+            are.
+        layer: Index of the block, from 0.
+
+    Raises:
+        ValueError: `layer` is out of range, or the model's blocks cannot be told.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+        check_layer(model.config, layer)
+        self.model = model
+        self.layer = layer
+        self._block = _blocks(model)[layer]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the language model."""
+        return self.model.device
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Runs the model up to the layer and no further.
+
+        Args:
+            input_ids: Token ids, (contexts, length).
+            attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding.
+
+        Returns:
+            The residual stream in the model's dtype, (contexts, length, d_model).
+        """
+
+        def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _LayerReached(_hidden_states(output))
+
+        try:
+            self._forward(stop, input_ids, attention_mask)
+        except _LayerReached as reached:
+            states: Tensor = reached.args[0]
+            return states
+        raise RuntimeError(f"the model's forward pass never ran its block {self.layer}")
+
+    def replace(
+        self,
+        input_ids: Tensor,
+        edit: Callable[[Tensor], Tensor],
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the whole model with the layer's residual stream x replaced by `edit(x)`.
+
+        Gradients flow through the edit and the later blocks unless the caller disables them.
+
+        Args:
+            input_ids: Token ids, (contexts, length).
+            edit: Maps x, (contexts, length, d_model), to what replaces it, of the same shape. It
+                gets float32 (float64 from a float64 model); the result is cast to the model's
+                dtype. With `lambda x: x` the model's own logits come out, bit for bit.
+            attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding.
+
+        Returns:
+            Logits, (contexts, length, vocabulary).
+        """
+
+        def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            x = _hidden_states(output)
+            edited = edit(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        logits: Tensor = self._forward(splice, input_ids, attention_mask).logits
+        return logits
+
+    def _forward(
+        self, hook: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Any:
+        handle = self._block.register_forward_hook(hook)
+        try:
+            # The model's dtype says how it computes, whatever autocast the caller is in.
+            with torch.autocast(self.device.type, enabled=False):
+                return self.model(
+                    input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
+                )
+        finally:
+            handle.remove()
+
+
+def check_layer(config: PretrainedConfig, layer: int) -> None:
+    """Raises ValueError unless a model of this configuration has a block of index `layer`."""
+    layers = config.get_text_config().num_hidden_layers
+    if not 0 <= layer < layers:
+        name = config.name_or_path or config.model_type
+        raise ValueError(f"layer={layer} is out of range: {name} has layers 0 to {layers - 1}")
+
+
+def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+    layers = model.config.get_text_config().num_hidden_layers
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    }
+    # A list inside another belongs to a block (its experts, say).
+    outermost = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"{type(model).__name__} should have one ModuleList of {layers} blocks, "
+            f"found {outermost or 'none'}"
+        )
+    return found[outermost[0]]
+
+
+def _hidden_states(output: Any) -> Tensor:
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from lightning_sae.data.cache import ActivationCache, model_fingerprint
+
+CPU = torch.device("cpu")
+
+
+class Reader:
+    """Random activations, counted."""
+
+    def __init__(self, dtype=torch.float32):
+        self.calls = 0
+        self.dtype = dtype
+
+    def __call__(self, input_ids):
+        self.calls += 1
+        generator = torch.Generator().manual_seed(int(input_ids.sum()))
+        return torch.randn(*input_ids.shape, 5, generator=generator).to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_read_once_is_not_read_again(tmp_path, dtype):
+    reader = Reader(dtype)
+    ids = torch.arange(6).view(2, 3)
+    first = ActivationCache(reader, tmp_path / "new" / "folder", CPU)(ids)
+    again = ActivationCache(reader, tmp_path / "new" / "folder", CPU)(ids)
+    assert reader.calls == 1
+    assert again.dtype == dtype
+    assert torch.equal(first, again)
+    assert torch.equal(first, Reader(dtype)(ids))
+    (file,) = (tmp_path / "new" / "folder").iterdir()
+    assert torch.equal(load_file(file)["activations"], first)
+
+
+def test_other_tokens_and_shapes_are_other_files(tmp_path):
+    reader = Reader()
+    cache = ActivationCache(reader, tmp_path, CPU)
+    ids = torch.arange(6)
+    for other in (ids.view(2, 3), ids.view(3, 2), ids.flip(0).view(2, 3), ids.view(3, 2).T):
+        assert cache(other).shape == (*other.shape, 5)
+    assert reader.calls == 4
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "long", "garbage", "other"])
+def test_damaged_files(tmp_path, damage):
+    cache = ActivationCache(Reader(), tmp_path, CPU)
+    ids = torch.arange(6).view(2, 3)
+    whole = cache(ids)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    if damage == "other":
+        save_file({"something": whole}, file)
+    else:
+        changed = {
+            "empty": b"",
+            "short": content[:-3],
+            "long": content + b"x",
+            "garbage": b"7" * 99,
+        }
+        file.write_bytes(changed[damage])
+    with pytest.raises(ValueError, match=r"^cache_dir: .* is damaged .*; delete it,") as caught:
+        cache(ids)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    assert torch.equal(cache(ids), whole)
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(_tensors, file):
+        file.write_bytes(b"the first part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        ActivationCache(Reader(), tmp_path, CPU)(torch.zeros(1, 2).long())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_given_its_name_when_complete(tmp_path, monkeypatch):
+    written = []
+
+    def save(tensors, file):
+        save_file(tensors, file)
+        written.append(file.stat().st_ino)
+        assert [other.suffix for other in tmp_path.iterdir()] == [".tmp"]
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    ActivationCache(Reader(), tmp_path, CPU)(torch.zeros(1, 2).long())
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".safetensors"
+    assert [file.stat().st_ino] == written  # renamed, not copied
+
+
+def test_fingerprint_of_a_folder_is_that_of_its_weights(model_folder, tmp_path):
+    config = AutoConfig.from_pretrained(model_folder)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (copy / file).write_bytes((model_folder / file).read_bytes())
+    original = model_fingerprint(str(model_folder), config, "main")
+    assert len(original) == 16
+    assert model_fingerprint(str(copy), config, "main") == original
+    weights = load_file(copy / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert model_fingerprint(str(copy), config, "main") != original
+
+
+def test_fingerprint_of_a_hub_model_is_its_commit():
+    config = AutoConfig.for_model("gpt2")
+    by_name = {model_fingerprint("gpt2", config, revision) for revision in ("main", "v2")}
+    config._commit_hash = "abc"
+    by_commit = {model_fingerprint("gpt2", config, revision) for revision in ("main", "v2")}
+    assert len(by_name) == 2
+    assert len(by_commit) == 1
+    assert model_fingerprint("gpt3", config, "main") not in by_commit

@@ -1,0 +1,194 @@
+import itertools
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_sae.data import ActivationDataModule
+from tests.data.tiny import (
+    D_MODEL,
+    LENGTH,
+    Recorder,
+    arguments,
+    documents,
+    same,
+    save_text,
+    trainer,
+)
+from tests.helpers.ddp import run_on_two
+
+
+def take(datamodule, count):
+    return list(itertools.islice(datamodule.train_dataloader(), count))
+
+
+def test_every_kept_token_is_trained_on_once_an_epoch(make, model_folder):
+    """Against one context at a time, packed one token at a time."""
+    texts, held_out = (list(part["text"]) for part in make()._documents)
+    assert sorted(texts + held_out) == sorted(documents(120))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    joined = [token for text in texts for token in [*tokenizer(text)["input_ids"], 0]]
+    contexts = len(joined) // (LENGTH - 1)
+    expected, prefixes = [], []
+    for i in range(contexts):
+        context = [0, *joined[i * (LENGTH - 1) :][: LENGTH - 1]]
+        with torch.no_grad():
+            states = model(torch.tensor([context]), output_hidden_states=True).hidden_states
+        for place, token in enumerate(context):
+            if token != 0:
+                expected.append(states[2][0, place])
+                prefixes.append(tuple(context[: place + 1]))
+    # One batch that goes through all contexts once.
+    datamodule = make(batch_size=len(expected))
+    datamodule.batches_per_block = contexts * (LENGTH - 1) / len(expected) - 0.25 - 1e-9
+    (batch,) = take(datamodule, 1)
+    activations, expected = batch["activations"].double(), torch.stack(expected).double()
+    distance, match = torch.cdist(activations, expected).min(1)
+    assert distance.max() < 1e-4
+    assert Counter(prefixes[i] for i in match) == Counter(prefixes)
+    assert match.tolist() != sorted(match.tolist())
+
+
+def test_held_out_batches_are_those_of_the_model(make, model_folder):
+    datamodule = make()
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    loaders = datamodule.val_dataloader(), datamodule.test_dataloader()
+    assert [len(loader) for loader in loaders] == [4, 3]
+    for batch in itertools.chain(*loaders):
+        ids, kept = batch["input_ids"], batch["kept"]
+        expected = torch.ones_like(ids, dtype=torch.bool)
+        expected[:, 0] = False
+        assert torch.equal(kept, expected & (ids != 0))
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states[2]
+        torch.testing.assert_close(batch["activations"], states[kept])
+    validation, test = (torch.cat([b["input_ids"] for b in loader]) for loader in loaders)
+    assert validation.shape == (20, LENGTH)
+    assert test.shape == (12, LENGTH)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    joined = "".join(text + "<|end|>" for text in datamodule._documents[1]["text"])
+    bodies = torch.cat([validation, test])[:, 1:].flatten()
+    assert joined.startswith(tokenizer.decode(bodies.tolist()))
+    predicted = torch.cat([b["input_ids"] for b in datamodule.predict_dataloader()])
+    assert torch.equal(predicted, test)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_seed_decides_and_nothing_else(make, streaming):
+    datamodule = make(streaming=streaming)
+    batches = take(datamodule, 9)
+    list(datamodule.val_dataloader())
+    list(datamodule.test_dataloader())
+    for other in (datamodule, make(streaming=streaming, validation_tokens=64)):
+        again = take(other, 9)
+        assert [b["cursor"] for b in again] == [b["cursor"] for b in batches]
+        assert same([b["activations"] for b in again], [b["activations"] for b in batches])
+    differ = take(make(streaming=streaming, seed=1), 9)
+    assert not same([b["activations"] for b in differ], [b["activations"] for b in batches])
+
+
+def test_a_second_run_takes_all_activations_from_the_cache(make, tmp_path, monkeypatch):
+    plain, cached = make(), make(cache_dir=str(tmp_path))
+    batches = [b["activations"] for b in take(plain, 9)]
+    held_out = [b["activations"] for b in plain.val_dataloader()]
+    assert same([b["activations"] for b in take(cached, 9)], batches)
+    list(cached.val_dataloader())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    again = make(cache_dir=str(tmp_path))
+    assert same([b["activations"] for b in take(again, 9)], batches)
+    assert same([b["activations"] for b in again.val_dataloader()], held_out)
+    with pytest.raises(TypeError, match="not callable"):
+        take(again, 20)
+
+
+def test_d_model_needs_no_weights(make, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert make().d_model == D_MODEL
+    assert ActivationDataModule().d_model == 256
+
+
+def test_the_packaged_model_and_text():
+    datamodule = ActivationDataModule(validation_tokens=1024, test_tokens=256)
+    (batch,) = itertools.islice(datamodule.val_dataloader(), 1)
+    assert batch["activations"].shape == (int(batch["kept"].sum()), datamodule.d_model)
+    assert datamodule.residual_stream.layer == 2
+
+
+def of_rank(rank, settings, cache):
+    datasets.config.HF_DATASETS_CACHE = cache
+    datamodule = ActivationDataModule(**settings)
+    train = [batch["activations"] for batch in take(datamodule, 9)]
+    with pytest.raises(ValueError, match=r"^batch_size=7 cannot be shared by 2 devices$"):
+        ActivationDataModule(**{**settings, "batch_size": 7}).train_dataloader()
+    few = ActivationDataModule(**{**settings, "test_tokens": LENGTH})
+    message = r"^test_tokens=16: .* has 1 held-out contexts for it, 2 devices need one each$"
+    with pytest.raises(ValueError, match=message):
+        few.test_dataloader()
+    return train, [batch["input_ids"] for batch in datamodule.val_dataloader()]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_ranks_together_get_what_one_gets(make, model_folder, text_file, tmp_path, streaming):
+    settings = {**arguments(model_folder, text_file), "streaming": streaming}
+    alone = make(streaming=streaming)
+    ranks = run_on_two(of_rank, settings, tmp_path)
+    together = [torch.cat(parts) for parts in zip(ranks[0][0], ranks[1][0], strict=True)]
+    assert same(together, [batch["activations"] for batch in take(alone, 9)])
+    held_out = torch.cat([batch["input_ids"] for batch in alone.val_dataloader()])
+    in_order = [ids for pair in zip(ranks[0][1], ranks[1][1], strict=True) for ids in pair]
+    assert torch.equal(torch.cat(in_order), held_out)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layer": -1}, "layer=-1 should be at least 0"),
+        ({"held_out_documents": 0}, "held_out_documents=0 should be at least 1"),
+        ({"context_length": 1}, "context_length=1 should be at least 2"),
+        ({"batch_size": 0}, "batch_size=0 should be at least 1"),
+        ({"batches_per_block": 0}, "batches_per_block=0 should be at least 1"),
+        ({"lm_batch_size": -3}, "lm_batch_size=-3 should be at least 1"),
+        ({"validation_tokens": 15}, "validation_tokens=15 should be at least 16"),
+        ({"test_tokens": 0}, "test_tokens=0 should be at least 16"),
+        ({"seed": -1}, "seed=-1 should be at least 0"),
+        ({"lm_dtype": "int8"}, "lm_dtype='int8' should be one of float32, bfloat16, float16"),
+    ],
+)
+def test_arguments_out_of_range(make, changed, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make(**changed)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_name": "nope"}, r"^model_name='nope': "),
+        ({"layer": 3}, r"^layer=3 is out of range: .* has layers 0 to 2$"),
+        ({"context_length": 65}, r"^context_length=65: .* reads up to 64$"),
+        ({"text": "no.txt"}, r"^text='no.txt' does not exist$"),
+        ({"train_split": "no"}, r"^train_split='no': text='.*' has the splits train$"),
+        ({"text_column": "no"}, r"^text_column='no': text='.*' has the columns "),
+        ({"text_column": "id"}, r"^text_column holds \d+, which is not a string$"),
+        ({"batch_size": 10**6}, r"^text='.*' gives only \d+ contexts to train on; one batch needs"),
+    ],
+)
+def test_mistakes_found_when_training_starts(make, tmp_path, changed, message, streaming):
+    datamodule = make(streaming=streaming, validation_tokens=100, test_tokens=100, **changed)
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer(tmp_path).fit(Recorder(), datamodule)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_held_out_text(make, tmp_path):
+    text = str(save_text(tmp_path / "text.jsonl", count=30))
+    few = make(text=text, held_out_documents=3, validation_tokens=64, test_tokens=10**6)
+    contexts = sum(len(batch["input_ids"]) for batch in few.test_dataloader())
+    assert 0 < contexts < 10**6 // LENGTH
+    none = make(text=text, held_out_documents=3, validation_tokens=10**6)
+    assert len(none.val_dataloader()) > 0
+    with pytest.raises(ValueError, match=r"^test_tokens=192: .* has 0 held-out contexts for it"):
+        none.test_dataloader()

@@ -1,0 +1,84 @@
+"""The data module in a Trainer: what training sees, whole, interrupted and between validations."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_sae.data import ActivationDataModule
+from tests.data.tiny import D_MODEL, STEPS, Recorder, arguments, same, trainer
+
+
+class SaveEachStep(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.global_step}.ckpt")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model_folder, text_file, tmp_path_factory):
+    """Runs to the end, with a checkpoint after each step: one of the whole text, one streamed."""
+
+    def run(streaming):
+        folder = tmp_path_factory.mktemp("run")
+        module = Recorder()
+        datamodule = ActivationDataModule(**arguments(model_folder, text_file), streaming=streaming)
+        torch.manual_seed(0)
+        trainer(folder, callbacks=[SaveEachStep()]).fit(module, datamodule)
+        return folder, module
+
+    return {streaming: run(streaming) for streaming in (False, True)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("cut", range(1, STEPS))
+def test_a_resumed_run_goes_on_where_it_was(make, uninterrupted, tmp_path, cut, streaming):
+    folder, expected = uninterrupted[streaming]
+    module = Recorder()
+    datamodule = make(streaming=streaming)
+    checkpoint = folder / f"{cut}.ckpt"
+    trainer(tmp_path).fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    assert same(module.trained, expected.trained[cut:])
+    assert torch.equal(module.layer.weight, expected.layer.weight)
+    assert datamodule.state_dict()["cursor"] == (2, STEPS - 8)
+
+
+def test_training_batches_are_plain_tensors(uninterrupted):
+    batches = uninterrupted[False][1].trained
+    assert {(b.shape, b.dtype) for b in batches} == {((64, D_MODEL), torch.float32)}
+
+
+def test_epochs_of_a_limited_length_go_on_too(make, uninterrupted, tmp_path):
+    module = Recorder()
+    limits = {"limit_train_batches": 3, "max_epochs": 3, "max_steps": -1}
+    trainer(tmp_path, **limits).fit(module, make())
+    assert same(module.trained, uninterrupted[False][1].trained[:9])
+
+
+def test_validation_does_not_move_the_stream(make, uninterrupted, tmp_path):
+    module = Recorder()
+    settings = {"limit_val_batches": None, "val_check_interval": 3}
+    trainer(tmp_path, check_val_every_n_epoch=None, **settings).fit(module, make())
+    assert same(module.trained, uninterrupted[False][1].trained)
+    assert len(module.validated) == 2 + 3 * 4  # the sanity check, then three times
+
+
+def test_overfitting_repeats_the_same_batches(make, uninterrupted, tmp_path):
+    module = Recorder()
+    limits = {"overfit_batches": 2, "max_epochs": 3, "max_steps": -1, "limit_val_batches": None}
+    trainer(tmp_path, **limits).fit(module, make())
+    assert same(module.trained, 3 * uninterrupted[False][1].trained[:2])
+
+
+def test_a_model_used_for_testing_first_can_be_trained_on(make, uninterrupted, tmp_path):
+    module, datamodule = Recorder(), make()
+    trainer(tmp_path).test(module, datamodule, verbose=False)
+    ids = trainer(tmp_path).predict(module, datamodule)
+    assert torch.equal(torch.cat(ids), torch.cat([b["input_ids"] for b in module.tested]))
+    trainer(tmp_path).fit(module, datamodule)
+    assert same(module.trained, uninterrupted[False][1].trained)
+
+
+def test_another_stream_than_the_checkpoints_is_told(make, uninterrupted, tmp_path):
+    checkpoint = uninterrupted[False][0] / "5.ckpt"
+    message = r"^batch_size=32 was 64 in the checkpoint: training continues at batch 1 of block 1"
+    with pytest.warns(UserWarning, match=message):
+        trainer(tmp_path, max_steps=6).fit(Recorder(), make(batch_size=32), ckpt_path=checkpoint)
