@@ -58,9 +58,10 @@ class LossRecoveredCallback(Callback):
         self._log(pl_module, "test")
 
     def _update(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        if not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
+            return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
-        usable = isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()
-        if residual_stream is not None and usable:
+        if residual_stream is not None:
             self._metric.to(pl_module.device).update(
                 residual_stream, batch["input_ids"], pl_module, batch["kept"], pl_module.input_mean
             )
