@@ -7,11 +7,14 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_sae
 from lightning_sae import ActivationDataModule, SparseAutoencoder
@@ -43,7 +46,6 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
             parser_kwargs={
                 "prog": "lightning_sae",
                 "description": "Train and evaluate sparse autoencoders on transformer activations.",
@@ -51,11 +53,11 @@ def main(args: ArgsType = None) -> None:
             },
             args=args,
         )
-    except (ValueError, RuntimeError) as error:
-        deliberate = _raised_by_this_package(error)
-        if deliberate is None:
+    except Exception as error:
+        told = _about_the_input(error)
+        if told is None:
             raise
-        sys.exit(f"lightning_sae: error: {deliberate}")
+        sys.exit(f"lightning_sae: error: {' '.join(str(told).split())}")
 
 
 class Parser(LightningArgumentParser):
@@ -119,38 +121,36 @@ class SparseAutoencoderCLI(LightningCLI):
         """Refuse a run that would never end."""
         trainer: Any = self.trainer  # its attributes are set where type checkers do not look
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
-        bounded = timed or trainer.max_steps != -1 or isinstance(trainer.limit_train_batches, int)
-        if not bounded and not trainer.fast_dev_run:
+        epochs = trainer.max_epochs != -1 and isinstance(trainer.limit_train_batches, int)
+        if 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
+            raise ValueError(
+                f"max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs} and "
+                f"limit_train_batches={trainer.limit_train_batches}: one that is 0 trains nothing"
+            )
+        if not (timed or trainer.max_steps != -1 or epochs or trainer.fast_dev_run):
             raise ValueError(
                 "max_steps is not set and the stream of activations is endless: "
                 "set trainer.max_steps (or trainer.max_time)"
             )
 
-    def fit(self, **kwargs: Any) -> None:
-        """Train; a run that fails before its first step leaves no files behind."""
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; what fails before the first step, or does not train, leaves no files behind."""
+        self._check_checkpoint(subcommand)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
-            self.trainer.fit(**kwargs)
+            super()._run_subcommand(subcommand)
         except BaseException:
-            if self.trainer.global_step == 0 and missing:
+            if missing and (subcommand != "fit" or self.trainer.global_step == 0):
                 shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):  # another run may use a parent by now
                     for parent in missing[1:]:
                         parent.rmdir()
             raise
 
-    def before_validate(self) -> None:
-        """Refuse to evaluate an untrained SAE."""
-        self._require_checkpoint()
-
-    def before_test(self) -> None:
-        """Refuse to evaluate an untrained SAE."""
-        self._require_checkpoint()
-
-    def before_predict(self) -> None:
-        """Refuse to use an untrained SAE."""
-        self._require_checkpoint()
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Return the arguments of the Trainer's method; no checkpoint may run code."""
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate; the table is a callback's, not Lightning's."""
@@ -160,21 +160,36 @@ class SparseAutoencoderCLI(LightningCLI):
         """Write matches; do not also keep them in memory."""
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
-    def _require_checkpoint(self) -> None:
-        if self._get(self.config, "ckpt_path") is None:
-            raise ValueError(
-                f"ckpt_path=null: {self.subcommand} needs a trained SAE, --ckpt_path FILE"
-            )
+    def _check_checkpoint(self, subcommand: str) -> None:
+        path = self._get(self.config, "ckpt_path")
+        if subcommand == "fit" and path in (None, "last", "hpc"):  # Lightning finds these, or none
+            return
+        if path is None or not Path(path).is_file():
+            raise ValueError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            complete = {"W_dec"} <= found["state_dict"].keys() and "loops" in found
+        except (RuntimeError, UnpicklingError, KeyError, AttributeError, EOFError):
+            complete = False
+        if not complete:
+            raise ValueError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
 
 
-def _raised_by_this_package(error: BaseException) -> BaseException | None:
-    """Return the error, or the one behind it, that this package raised about its input."""
+def _about_the_input(error: BaseException) -> BaseException | None:
+    """Return the error, or the one behind it, if it was raised to tell the user of their input.
+
+    Such are those that this package raises, those that Lightning raises about settings, and files
+    that are not there. Anything else is a bug, and its traceback is wanted.
+    """
     link: BaseException | None = error
     while link is not None:
-        if Path(traceback.extract_tb(link.__traceback__)[-1].filename).is_relative_to(PACKAGE):
+        last = traceback.extract_tb(link.__traceback__)[-1]
+        ours = Path(last.filename).is_relative_to(PACKAGE)
+        if ours and (last.line or "").startswith("raise "):
             return link
         link = link.__cause__  # jsonargparse wraps what a constructor raises
-    return None
+    told = (MisconfigurationException, FileNotFoundError)
+    return error if isinstance(error, told) else None
 
 
 def _silence_noise() -> None:

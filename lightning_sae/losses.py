@@ -23,9 +23,8 @@ def reconstruction_loss(error: Tensor) -> Tensor:
 def sparsity_loss(matches: Matches, d_model: int) -> Tensor:
     """Return the L1 norm of the codes, averaged over tokens, per dimension of the activations.
 
-    The decoder rows have unit norm, so this is the penalty of Bricken et al. (2023) and of the
-    Anthropic April 2024 update; the division by d_model matches the mean in
-    `reconstruction_loss`, so that their coefficients carry over.
+    The decoder rows have unit norm, so this is the penalty of Bricken et al. (2023); the division
+    by d_model matches the mean in `reconstruction_loss`.
 
     Args:
         matches: The codes of a batch.
@@ -38,8 +37,9 @@ def aux_k_loss(affinities: Tensor, error: Tensor, dictionary: Tensor, k_aux: int
     """Return how badly dead features model what the live ones left unexplained.
 
     Each token picks its `k_aux` dead features of largest affinity to reconstruct its error; the
-    error is detached, so that only dead features move, encoder and decoder alike. The squared
-    error is divided by the variance of the target, so 1 means that nothing is explained.
+    error is detached, so that dead features move, encoder and decoder alike, and live ones do
+    not. The squared error is divided by the variance of the target, so 1 means that nothing is
+    explained.
     Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.2.
 
     Args:

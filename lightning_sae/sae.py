@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_sae.allocation import Matches
+from lightning_sae.checks import require_not_negative, require_positive
 from lightning_sae.distributed import max_over_ranks, sum_over_ranks
 from lightning_sae.losses import aux_k_loss, reconstruction_loss
 from lightning_sae.metrics import (
@@ -22,6 +23,7 @@ from lightning_sae.metrics import (
     FractionOfVarianceUnexplained,
     L0StandardDeviation,
 )
+from lightning_sae.metrics.base import widest_float
 from lightning_sae.sparse import weighted_sum
 from lightning_sae.zipf import dying_fraction
 
@@ -50,6 +52,7 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         b_dec: Origin of the codes in scaled activations, shape (d_model,).
         input_mean: Mean of the first training batch, in the units of the activations, (d_model,).
         input_scale: Factor s applied to activations before they are encoded, 0-d.
+        initialized: Whether mean, scale and `b_dec` have been set, bool, 0-d.
         tokens_seen: Tokens trained on, over all ranks, int64, 0-d.
         tokens_since_fired: For each feature, tokens since its last match, int64, (n_features,).
     """
@@ -59,20 +62,23 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         d_model: int,
         n_features: int,
         *,
-        aux_k_coefficient: float,
-        k_aux: int | None,
-        dead_after_tokens: int,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer],
-        lr_scheduler: Callable[[Optimizer], LRScheduler] | None,
+        aux_k_coefficient: float = 1 / 32,
+        k_aux: int | None = None,
+        dead_after_tokens: int = 10_000_000,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         super().__init__()
-        _require(d_model=d_model, n_features=n_features, dead_after_tokens=dead_after_tokens)
+        k_aux = k_aux if k_aux is not None else max(1, d_model // 2)
+        require_positive(d_model=d_model, n_features=n_features, k_aux=k_aux)
+        require_positive(dead_after_tokens=dead_after_tokens)
+        require_not_negative(aux_k_coefficient=aux_k_coefficient)
         # Primitives only: checkpoints with classes among their hyperparameters do not load safely.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.d_model = d_model
         self.n_features = n_features
         self.aux_k_coefficient = aux_k_coefficient
-        self.k_aux = k_aux if k_aux is not None else d_model // 2
+        self.k_aux = k_aux
         self.dead_after_tokens = dead_after_tokens
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
@@ -85,12 +91,15 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         self.encoder.bias.data.zero_()
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("input_mean", torch.zeros(d_model))
-        self.register_buffer("input_scale", torch.tensor(1.0))
+        # float32 also where the default is a 16-bit type
+        self.register_buffer("input_mean", torch.zeros(d_model, dtype=torch.float32))
+        self.register_buffer("input_scale", torch.tensor(1.0, dtype=torch.float32))
+        self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("tokens_seen", torch.tensor(0))
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64))
         self.input_mean: Tensor
         self.input_scale: Tensor
+        self.initialized: Tensor
         self.tokens_seen: Tensor
         self.tokens_since_fired: Tensor
 
@@ -152,8 +161,10 @@ class SparseAutoencoder(pl.LightningModule, ABC):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the activations (..., d_model) that codes (..., n_features) stand for."""
-        scaled = codes.to(self.W_dec.dtype) @ _unit_rows(self.W_dec) + self.b_dec
-        return scaled / self.input_scale
+        with torch.autocast(codes.device.type, enabled=False):
+            dictionary = self._dictionary()
+            scaled = codes.to(dictionary.dtype) @ dictionary + self.b_dec.to(dictionary.dtype)
+            return scaled / self.input_scale
 
     def affinities(self, scaled: Tensor) -> Tensor:
         """Return the affinities (tokens, n_features) of scaled activations (tokens, d_model).
@@ -175,19 +186,28 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         In `train()` mode this also updates the buffers, on every rank alike.
 
         Args:
-            x: Activations, shape (tokens, d_model).
+            x: Activations, shape (..., d_model).
 
         Returns:
             The loss, 0-d with gradient, and a dictionary of detached 0-d tensors: each term of the
-            loss, `l0` (matches per token) and its spread `l0_std`, `fvu`, and where they apply
-            `dead_fraction` and `threshold`.
+            loss, `l0` (matches per token) and its spread `l0_std`, `fvu`, `dead_fraction`, and
+            `threshold` where there is one.
+
+        Raises:
+            ValueError: If x is not d_model wide, or its affinities are not finite.
         """
-        if self.training and self.tokens_seen == 0:
+        x = x.reshape(-1, x.shape[-1])
+        if self.training and not self.initialized:
             self.initialize(x)
         scaled = self._scale(x)
         affinities = self.affinities(scaled)
+        if not bool(affinities.sum().isfinite()):  # else a NaN would just never be chosen
+            raise ValueError(
+                f"affinities are not finite after {self.tokens_seen.item()} tokens: "
+                "lower the learning rate, or look for NaN or infinite activations"
+            )
         matches = self.choose(affinities) if self.training else self.choose_alone(affinities)
-        error = scaled - (weighted_sum(matches, _unit_rows(self.W_dec)) + self.b_dec)
+        error = scaled - self._reconstruct(matches)
         terms = {"reconstruction_loss": reconstruction_loss(error)}
         if self.training:
             terms |= self.penalties(affinities, matches, error)
@@ -204,9 +224,10 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         data parallelism the sample is that of all ranks.
 
         Raises:
-            ValueError: If all activations are equal, or not finite.
+            ValueError: If all activations are equal, not finite, or not d_model wide.
         """
-        x = x.detach().double()
+        self._check_width(x)
+        x = x.detach().to(widest_float(x.device))
         count = sum_over_ranks(x.new_tensor(x.shape[0]))
         mean = sum_over_ranks(x.sum(0)) / count
         variance = sum_over_ranks((x - mean).square().sum()) / count  # squared length of a token
@@ -219,6 +240,7 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         self.input_mean.copy_(mean)
         self.input_scale.copy_(scale)
         self.b_dec.copy_(mean * scale)
+        self.initialized.fill_(True)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -261,11 +283,6 @@ class SparseAutoencoder(pl.LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of activations and log its parts under ``train/``."""
         loss, stats = self.loss(_activations(batch))
-        if not bool(loss.isfinite()):
-            raise ValueError(
-                f"loss={loss.item()} after {self.tokens_seen.item()} tokens: "
-                "lower the learning rate, or look for NaN or infinite activations"
-            )
         shown = {"loss", "l0", "dead_fraction"}
         for name, value in stats.items():
             self.log(f"train/{name}", value, prog_bar=name in shown)
@@ -327,7 +344,8 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         if self._lr_scheduler is not None:
             scheduler = self._lr_scheduler(optimizer)
         elif math.isfinite(steps):
-            scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=int(steps))
+            # Not LinearLR: a run resumed with more steps than before could not leave its zero.
+            scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         else:
             return optimizer
         return {
@@ -359,9 +377,22 @@ class SparseAutoencoder(pl.LightningModule, ABC):
 
     # Details
 
-    def _scale(self, x: Tensor) -> Tensor:
+    def _dictionary(self) -> Tensor:
+        """Return the decoder with unit rows, in float32 or wider: its sums carry a large mean."""
+        return _unit_rows(self.W_dec.to(torch.promote_types(self.W_dec.dtype, torch.float32)))
+
+    def _reconstruct(self, matches: Matches) -> Tensor:
+        """Return the scaled activations (tokens, d_model) that matches stand for."""
+        with torch.autocast(matches.value.device.type, enabled=False):
+            dictionary = self._dictionary()
+            return weighted_sum(matches, dictionary) + self.b_dec.to(dictionary.dtype)
+
+    def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_model:
             raise ValueError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
+
+    def _scale(self, x: Tensor) -> Tensor:
+        self._check_width(x)
         return x.to(torch.promote_types(self.W_dec.dtype, torch.float32)) * self.input_scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseAutoencoder":
@@ -392,9 +423,3 @@ def _activations(batch: Any) -> Tensor:
     if not isinstance(batch, Tensor):
         raise TypeError(f"a batch must hold a tensor of activations, not {type(batch).__name__}")
     return batch
-
-
-def _require(**positive: int) -> None:
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")

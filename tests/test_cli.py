@@ -111,6 +111,8 @@ def test_a_second_run_resumes_where_the_first_stopped(tmp_path: Path):
     )
     assert resumed["global_step"] == 4
     assert resumed["state_dict"]["tokens_seen"] == 4 * 512
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]["W_dec"]
+    assert not torch.allclose(resumed["state_dict"]["W_dec"], before)  # not at a rate of zero
 
 
 @pytest.mark.parametrize("model", ["gpt2_small", "pythia_160m"])
@@ -153,15 +155,22 @@ def test_a_local_configuration_comes_before_the_packaged_one(tmp_path: Path):
         ({"data__text": "empty.jsonl"}, "empty.jsonl"),
         ({"data__text_column": "body"}, "text_column='body'"),
         ({"data__batch_size": "0"}, "batch_size=0"),
+        ({"data__text": "broken.jsonl"}, "broken.jsonl"),
+        ({"model__k_aux": "0"}, "k_aux=0 must be at least 1"),
         ({"trainer__max_steps": "-1"}, "max_steps is not set"),
+        ({"trainer__max_steps": "0"}, "max_steps=0"),
+        ({"trainer__max_steps": "-1", "trainer__limit_train_batches": "2"}, "max_steps is not set"),
+        ({"trainer__devices": "0"}, "devices"),
+        ({"ckpt_path": "missing.ckpt"}, "missing.ckpt"),
     ],
 )
 def test_bad_input_is_told_in_one_line_and_leaves_nothing(changes, told, tmp_path: Path, capsys):
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"\n[')
     with pytest.raises(SystemExit) as exit_:
         main(arguments("fit", "mutual_choice.yaml", **changes))
     assert_told(exit_, told, capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.jsonl", "broken.jsonl"}
 
 
 def test_a_missing_configuration_is_told(capsys):
@@ -173,7 +182,7 @@ def test_a_missing_configuration_is_told(capsys):
 def test_a_budget_below_one_match_a_feature_is_told(tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments("fit", "feature_choice.yaml", model__n_features="9000"))
-    assert_told(exit_, "at least 563 tokens", capsys)
+    assert_told(exit_, "batch_size=563 or more", capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -195,9 +204,19 @@ def test_a_checkpoint_of_something_else_is_told(tmp_path: Path, capsys):
         with pytest.raises(SystemExit) as exit_:
             main(arguments("test", config, ckpt_path=checkpoint, model__n_features=width))
         assert_told(exit_, "the checkpoint holds TopKSAE(d_model=256, n_features=512)", capsys)
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments("test", "topk.yaml"))
-    assert_told(exit_, "test needs a trained SAE, --ckpt_path FILE", capsys)
+    assert not (tmp_path / "runs/mutual_choice").exists()
+    assert len(list((tmp_path / "runs/topk").iterdir())) == 1
+    for settings in ({}, {"ckpt_path": "last"}):  # "last" of a folder without any
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments("test", "topk.yaml", **settings))
+        assert_told(exit_, "test needs the file of a trained SAE", capsys)
+    (tmp_path / "torn.ckpt").write_bytes(Path(checkpoint).read_bytes()[:1000])
+    torch.save({"state_dict": print}, tmp_path / "code.ckpt")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "foreign.ckpt")
+    for name in ("torn.ckpt", "code.ckpt", "foreign.ckpt"):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments("test", "topk.yaml", ckpt_path=name))
+        assert_told(exit_, f"ckpt_path={name} is no checkpoint of an SAE, or is damaged", capsys)
 
 
 def assert_told(exit_: pytest.ExceptionInfo[SystemExit], told: str, capsys) -> None:

@@ -146,6 +146,14 @@ def test_the_first_batch_sets_origin_and_scale(make):
     torch.testing.assert_close(sae.input_mean, x.mean(0))  # only the first
 
 
+def test_a_larger_sample_can_set_origin_and_scale():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    sample = activations(2000)
+    sae.initialize(sample)
+    sae.loss(activations() + 100)
+    torch.testing.assert_close(sae.input_mean, sample.mean(0))
+
+
 def test_initialisation_is_tied_and_of_unit_norm():
     sae = TopKSAE(D_MODEL, N_FEATURES, K)
     assert torch.equal(sae.encoder.weight, sae.W_dec)
@@ -252,6 +260,63 @@ def test_checkpoint_from_python_restores_everything(make, accumulate: int, tmp_p
     assert torch.equal(again.eval()(x), sae.eval()(x))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_decoder_norms_are_exact_in_files_that_a_callback_writes(accumulate: int, tmp_path):
+    """Callbacks write checkpoints before the module's own end-of-batch hook runs."""
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=checkpoint,
+        max_steps=3,
+        accumulate_grad_batches=accumulate,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(TopKSAE(D_MODEL, N_FEATURES, K), loader())
+    files = list(tmp_path.glob("*.ckpt"))
+    assert len(files) == 3
+    for file in files:
+        norms = torch.load(file, weights_only=True)["state_dict"]["W_dec"].norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones(N_FEATURES), atol=1e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_longer_run_goes_on_learning_from_a_finished_one(tmp_path):
+    """The rate fell to zero; with more steps to go it must be above zero again."""
+    first = TopKSAE(D_MODEL, N_FEATURES, K)
+    trainer = quiet_trainer(max_steps=4)
+    trainer.fit(first, loader())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second = TopKSAE(D_MODEL, N_FEATURES, K)
+    trainer = quiet_trainer(max_steps=8)
+    trainer.fit(second, loader(), ckpt_path=tmp_path / "first.ckpt")
+    assert not torch.allclose(first.encoder.weight, second.encoder.weight)
+
+
+def test_the_learning_rate_falls_linearly_to_zero():
+    class Rates(pl.Callback):
+        seen: list[float] = []  # noqa: RUF012 - one run
+
+        def on_train_batch_start(self, trainer, *_):
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = Rates()
+    sae = TopKSAE(D_MODEL, N_FEATURES, K, optimizer=partial(torch.optim.Adam, lr=1.0))
+    quiet_trainer(max_steps=4, callbacks=rates).fit(sae, loader())
+    assert rates.seen == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_thresholds_of_another_k_are_refused(tmp_path):
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(MutualChoiceSAE(D_MODEL, N_FEATURES, K), loader())
+    trainer.save_checkpoint(tmp_path / "mutual.ckpt")
+    other = MutualChoiceSAE(D_MODEL, N_FEATURES, K + 1)
+    with pytest.raises(ValueError, match="thresholds are for k=4, not for k=5"):
+        quiet_trainer().test(other, loader(), ckpt_path=tmp_path / "mutual.ckpt")
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     trainer = quiet_trainer(max_steps=1)
     trainer.fit(TopKSAE(D_MODEL, N_FEATURES, K), loader())
@@ -295,15 +360,29 @@ def test_nonsense_is_refused_in_one_line():
         sae.loss(torch.ones(8, D_MODEL))
     with pytest.raises(ValueError, match="must be finite"):
         sae.loss(activations().fill_(math.nan))
+    with pytest.raises(ValueError, match="k_aux=0 must be at least 1"):
+        TopKSAE(D_MODEL, N_FEATURES, K, k_aux=0)
+    with pytest.raises(ValueError, match="aux_k_coefficient=nan must be a finite number"):
+        TopKSAE(D_MODEL, N_FEATURES, K, aux_k_coefficient=math.nan)
     with pytest.raises(ValueError, match="n_features=0 must be at least 1"):
         StandardSAE(D_MODEL, 0)
     with pytest.raises(TypeError, match="abstract"):
         SparseAutoencoder(4, 4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+@every_architecture
+def test_weights_that_are_not_finite_are_noticed(make):
+    """A NaN affinity is never chosen, so the loss alone would not tell."""
+    sae = make()
+    sae.loss(activations())
+    sae.encoder.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="affinities are not finite after 64 tokens"):
+        sae.loss(activations())
+
+
+def test_a_batch_that_is_not_finite_stops_the_run():
     sae = TopKSAE(D_MODEL, N_FEATURES, K)
     sae.loss(activations())
     bad = TensorDataset(activations(128).fill_(math.inf))
-    with pytest.raises(ValueError, match=r"loss=(inf|nan) after"):
+    with pytest.raises(ValueError, match="affinities are not finite after"):
         quiet_trainer(max_steps=3).fit(sae, DataLoader(bad, batch_size=64))

@@ -111,6 +111,7 @@ def threshold_choice(affinities: Tensor, threshold: Tensor | float) -> Matches:
         >>> threshold_choice(torch.tensor([[3.0, 1.0, -1.0]]), -2.0).to_dense()
         tensor([[3., 1., 0.]])
     """
+    _shape(affinities)
     scores = _scores(affinities)
     return matches_where(affinities, (scores > threshold) & (scores > 0))
 

@@ -48,7 +48,8 @@ def kth_largest(rows: Tensor, counts: Tensor) -> Tensor:
         Shape (rows,), the dtype of `rows`.
     """
     kth = rows.new_full((rows.shape[0],), torch.inf)
-    magnitude = torch.frexp(counts.double()).exponent  # 0 for a count of 0, 1 for 1, 2 for 2..3
+    # 0 for a count of 0, 1 for 1, 2 for 2..3; exact in float32 for the first 24 bits of a count
+    magnitude = torch.frexp(counts.float()).exponent
     for group in magnitude.unique().tolist():
         if group == 0:
             continue

@@ -9,19 +9,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Matches, feature_choice, midpoint_thresholds
-from lightning_sae.architectures.checks import require_k
 from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.checks import require_k, require_not_negative
+from lightning_sae.distributed import world_size
 from lightning_sae.zipf import round_budgets, zipf_budgets
 
 
 class FeatureChoiceSAE(ThresholdSAE):
     """Every feature has a budget of tokens in each batch, and chooses those of largest affinity.
 
-    Budgets sum to k matches a token, and each is at least one match a batch, so no feature can
-    die. They are equal (`uniform`) or fall off with the feature's rank by the Zipf-Mandelbrot law
-    (`zipf`), feature 0 having the largest. In `eval()` mode one threshold a feature, the running
-    average of the midpoint between its last chosen and first rejected affinity, takes the place
-    of the batch.
+    Budgets sum to k matches a token, and each is at least one match a batch, so that a feature
+    fires in every batch in which its affinity is positive anywhere. They are equal (`uniform`) or
+    fall off with the feature's rank by the Zipf-Mandelbrot law (`zipf`), feature 0 having the
+    largest. In `eval()` mode one threshold a feature, the running average of the midpoint between
+    its last chosen and first rejected affinity, takes the place of the batch.
 
     The paper sets budgets by a Zipf distribution; its constants, and the rank each feature gets,
     are not known to us. Here ranks are fixed from the start.
@@ -45,8 +46,6 @@ class FeatureChoiceSAE(ThresholdSAE):
         ValueError: If a size is out of range.
     """
 
-    averaging = 0.98  # cuts of single features are noisier than one cut of the whole batch
-
     def __init__(
         self,
         d_model: int,
@@ -63,9 +62,14 @@ class FeatureChoiceSAE(ThresholdSAE):
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        require_k(k, n_features)
-        if not 0 < max_density <= 1:
-            raise ValueError(f"max_density={max_density} is out of range: it is a share of tokens")
+        if budgets not in ("uniform", "zipf"):
+            raise ValueError(f"budgets={budgets!r} is neither 'uniform' nor 'zipf'")
+        require_not_negative(zipf_exponent=zipf_exponent, zipf_offset=zipf_offset or 0.0)
+        if not k / n_features <= max_density <= 1:
+            raise ValueError(
+                f"max_density={max_density} is out of range: as a share of tokens it is at most 1, "
+                f"and k={k} matches need at least k / n_features = {k / n_features:.3g}"
+            )
         super().__init__(
             d_model,
             n_features,
@@ -75,6 +79,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
+        require_k(k, n_features)
         self.register_threshold(n_features)
         self.k = k
         self.budgets = budgets
@@ -93,11 +98,11 @@ class FeatureChoiceSAE(ThresholdSAE):
         """
         total = self.k * tokens
         if total < self.n_features:
-            needed = -(-self.n_features // self.k)
+            needed = -(-self.n_features // self.k) * world_size()
             raise ValueError(
                 f"k={self.k} matches for each of {tokens} tokens cannot give each of "
                 f"n_features={self.n_features} features one match: "
-                f"a batch of at least {needed} tokens can"
+                f"batch_size={needed} or more can"
             )
         return zipf_budgets(
             total,

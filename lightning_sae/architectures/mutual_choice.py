@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Matches, mutual_choice
-from lightning_sae.architectures.checks import require_k
 from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.checks import require_k
 
 
 class MutualChoiceSAE(ThresholdSAE):
@@ -46,7 +46,6 @@ class MutualChoiceSAE(ThresholdSAE):
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        require_k(k, n_features)
         super().__init__(
             d_model,
             n_features,
@@ -56,6 +55,7 @@ class MutualChoiceSAE(ThresholdSAE):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
+        require_k(k, n_features)
         self.register_threshold()
         self.k = k
 

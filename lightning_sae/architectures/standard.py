@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Matches, threshold_choice
+from lightning_sae.checks import require_not_negative
 from lightning_sae.losses import sparsity_loss
 from lightning_sae.sae import SparseAutoencoder
 
@@ -17,14 +18,15 @@ from lightning_sae.sae import SparseAutoencoder
 class StandardSAE(SparseAutoencoder):
     """Every positive affinity is a match, and an L1 penalty keeps them few.
 
-    There is no budget: how many matches a token gets follows from the penalty. It shrinks all
-    activations and leaves features dead, which the other architectures avoid.
+    There is no budget: how many matches a token gets follows from the penalty, which also shrinks
+    all activations. The wider the activations, the larger a coefficient gives the same number of
+    matches: the default suits d_model in the thousands.
 
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
-        l1_coefficient: Weight of the L1 norm of the codes per token. Activations are scaled to a
-            mean squared length of d_model first, as in the April 2024 update of its authors.
+        l1_coefficient: Weight of the L1 norm of the codes per token, in units in which a centred
+            token has a mean squared length of d_model.
         l1_warmup_tokens: Tokens over which the weight rises linearly from zero.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
         optimizer: Makes the optimizer from the parameters.
@@ -46,16 +48,11 @@ class StandardSAE(SparseAutoencoder):
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        if l1_coefficient < 0 or l1_warmup_tokens < 0:
-            raise ValueError(
-                f"l1_coefficient={l1_coefficient} and l1_warmup_tokens={l1_warmup_tokens} "
-                "must not be negative"
-            )
+        require_not_negative(l1_coefficient=l1_coefficient, l1_warmup_tokens=l1_warmup_tokens)
         super().__init__(
             d_model,
             n_features,
             aux_k_coefficient=0.0,
-            k_aux=None,
             dead_after_tokens=dead_after_tokens,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,

@@ -5,6 +5,7 @@ chosen activation. How Ayonrinde 2024 evaluates without a batch is not known to 
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class ThresholdSAE(SparseAutoencoder):
 
     def register_threshold(self, *shape: int) -> None:
         """Add the buffer: one threshold, or with n_features as the shape one a feature."""
-        self.register_buffer("threshold", torch.full(shape, torch.nan))
+        self.register_buffer("threshold", torch.full(shape, torch.nan, dtype=torch.float32))
 
     @abstractmethod
     def batch_threshold(self, affinities: Tensor, matches: Matches) -> Tensor:
@@ -55,6 +56,17 @@ class ThresholdSAE(SparseAutoencoder):
         self.threshold.copy_(
             torch.where(first, seen, self.threshold.lerp(seen, 1 - self.averaging))
         )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse also a checkpoint whose thresholds were learned for another k.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        super().on_load_checkpoint(checkpoint)
+        learned, asked = checkpoint["hyper_parameters"].get("k"), self.hparams.get("k")
+        if learned != asked:
+            raise ValueError(f"the checkpoint's thresholds are for k={learned}, not for k={asked}")
 
     def threshold_statistics(self) -> dict[str, Tensor]:
         """Return the mean threshold."""

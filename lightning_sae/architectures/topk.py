@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Matches, token_choice
-from lightning_sae.architectures.checks import require_k
+from lightning_sae.checks import require_k
 from lightning_sae.sae import SparseAutoencoder
 
 
@@ -42,7 +42,6 @@ class TopKSAE(SparseAutoencoder):
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        require_k(k, n_features)
         super().__init__(
             d_model,
             n_features,
@@ -52,6 +51,7 @@ class TopKSAE(SparseAutoencoder):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
+        require_k(k, n_features)
         self.k = k
 
     def choose(self, affinities: Tensor) -> Matches:

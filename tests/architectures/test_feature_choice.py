@@ -26,6 +26,19 @@ def test_zipf_budgets_fall_with_rank_and_sum_to_k_a_token():
     assert budgets[0] > 2 * budgets[-1]
 
 
+def test_fractions_of_a_match_are_rounded_anew_in_every_batch():
+    torch.manual_seed(0)
+    sae = FeatureChoiceSAE(8, 24, k=3, budgets="zipf")
+    x = superposition(100, 8, n_features=16, seed=0)
+    counts = []
+    for _ in range(6):
+        sae.loss(x)
+        counts.append(sae.match(x).per_feature())
+    assert len({tuple(count.tolist()) for count in counts}) > 1
+    # The two largest budgets find too few positive affinities to spend themselves on.
+    assert ((torch.stack(counts) - sae.budgets_for(100))[:, 2:].abs() < 1).all()
+
+
 def test_every_feature_fires_in_every_batch():
     torch.manual_seed(0)
     sae = FeatureChoiceSAE(8, 24, k=2, budgets="zipf")
@@ -56,11 +69,21 @@ def test_thresholds_keep_each_features_share():
 def test_a_budget_too_small_for_the_dictionary_is_explained():
     sae = FeatureChoiceSAE(8, 1000, k=2)
     with pytest.raises(
-        ValueError, match="n_features=1000 features one match: a batch of at least 500"
+        ValueError, match="n_features=1000 features one match: batch_size=500 or more can"
     ):
         sae.loss(torch.randn(128, 8))
 
 
-def test_max_density_out_of_range():
-    with pytest.raises(ValueError, match=r"max_density=1\.5 is out of range"):
-        FeatureChoiceSAE(8, 24, k=2, max_density=1.5)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_density": 1.5}, r"max_density=1\.5 is out of range"),
+        ({"max_density": 0.05}, r"k=2 matches need at least k / n_features = 0\.0833"),
+        ({"budgets": "Zipf"}, "budgets='Zipf' is neither"),
+        ({"zipf_exponent": -1.0}, r"zipf_exponent=-1\.0 must be a finite number"),
+        ({"zipf_offset": float("nan")}, "zipf_offset=nan must be a finite number"),
+    ],
+)
+def test_settings_out_of_range(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        FeatureChoiceSAE(8, 24, k=2, **arguments)

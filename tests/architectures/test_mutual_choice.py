@@ -28,6 +28,18 @@ def test_the_threshold_follows_the_smallest_choice_and_keeps_the_budget():
     assert (sae.encode(x) > 0).sum().item() / 128 == pytest.approx(3, rel=0.01)
 
 
+def test_the_threshold_is_a_running_average():
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(8, 24, k=3)
+    batches = [superposition(128, 8, n_features=16, seed=seed) * (1 + seed) for seed in range(2)]
+    sae.loss(batches[0])
+    first = sae.threshold.clone()
+    sae.loss(batches[1])
+    second = sae.match(batches[1]).value.min()
+    assert second > 1.2 * first
+    torch.testing.assert_close(sae.threshold, (0.9 * first + 0.1 * second).detach())
+
+
 def test_an_uncalibrated_threshold_is_refused():
     sae = MutualChoiceSAE(8, 24, k=3).eval()
     with pytest.raises(RuntimeError, match="threshold of MutualChoiceSAE is not calibrated"):

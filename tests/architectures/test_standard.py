@@ -44,5 +44,5 @@ def test_more_penalty_means_fewer_matches():
 
 @pytest.mark.parametrize("arguments", [{"l1_coefficient": -1.0}, {"l1_warmup_tokens": -5}])
 def test_negative_settings_are_refused(arguments: dict):
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="must be a finite number, 0 or more"):
         StandardSAE(8, 24, **arguments)
