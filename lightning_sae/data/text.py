@@ -59,6 +59,8 @@ def load_documents(
         )
     if validation_split is not None:
         held_out = _split(splits, "validation_split", validation_split, text)
+        if not streaming:  # files come sorted by name: the first ones would be no fair sample
+            held_out = held_out.shuffle(seed=seed)
     elif streaming:
         train, held_out = train.skip(held_out_documents), train.take(held_out_documents)
     else:

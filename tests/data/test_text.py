@@ -77,9 +77,14 @@ def test_paragraphs_are_the_documents_of_txt_files(tmp_path):
 def test_a_folder_with_splits(tmp_path, suffix, streaming):
     for begin, split in enumerate(("train", "validation", "test")):
         save(tmp_path, f"{split}.{suffix}", TEXTS[begin * 10 :][:10])
-    assert load(tmp_path, streaming=streaming) == [TEXTS[:10], TEXTS[10:20]]
-    chosen = load(tmp_path, streaming=streaming, validation_split="test")
-    assert chosen == [TEXTS[:10], TEXTS[20:]]
+    train, held_out = load(tmp_path, streaming=streaming)
+    assert train == TEXTS[:10]
+    # All of the split, in an order of its own unless it is read as it comes.
+    assert (held_out == TEXTS[10:20]) == streaming
+    assert sorted(held_out) == sorted(TEXTS[10:20])
+    train, chosen = load(tmp_path, streaming=streaming, validation_split="test")
+    assert train == TEXTS[:10]
+    assert sorted(chosen) == sorted(TEXTS[20:])
     train, held_out = load(tmp_path, streaming=streaming, train_split="validation")
     assert sorted(train + held_out) == sorted(TEXTS[10:20])
 
