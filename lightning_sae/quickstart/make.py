@@ -20,8 +20,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # not annotated there
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=CONTEXT
     )
 
@@ -206,7 +206,7 @@ def train(tokens: int, work: Path) -> None:
             state = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
             torch.save(state, work / "checkpoint.new")
             (work / "checkpoint.new").replace(checkpoint)
-    model.half().save_pretrained(FOLDER)  # type: ignore[no-untyped-call]
+    model.half().save_pretrained(FOLDER)  # type: ignore[no-untyped-call]  # not annotated
 
 
 @torch.inference_mode()

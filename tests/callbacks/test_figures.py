@@ -89,10 +89,10 @@ def test_a_module_without_densities_is_left_alone(tmp_path):
 
 def draw_on_rank(rank):
     drawn = []
-    record = lambda density, tokens: drawn.append((density.tolist(), tokens))  # noqa: E731
+    record = lambda density, tokens: drawn.append((density.tolist(), tokens))  # noqa: E731 - a stub
     figures.plot_density_histogram = figures.plot_rank_density = record
     logger = TensorBoardLogger.__new__(TensorBoardLogger)
-    nothing = lambda *args, **kwargs: None  # noqa: E731
+    nothing = lambda *args, **kwargs: None  # noqa: E731 - a stub
     logger._experiment = SimpleNamespace(add_figure=nothing, add_histogram=nothing)
     metric = FeatureDensity(2)
     codes = torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 0.0], [0.0, 0.0]])
