@@ -1,6 +1,7 @@
 """Checks of constructor arguments, each of which names the argument and its value."""
 
 import math
+from collections.abc import Collection
 
 
 def require_positive(**values: int) -> None:
@@ -21,3 +22,10 @@ def require_k(k: int, n_features: int) -> None:
     """Raise ValueError for a number of matches per token that no dictionary of this size has."""
     if not 1 <= k <= n_features:
         raise ValueError(f"k={k} is out of range: it must be 1 to n_features={n_features}")
+
+
+def require_choice(*, of: Collection[str], **values: str) -> None:
+    """Raise ValueError unless all are among the names in `of`."""
+    for name, value in values.items():
+        if value not in of:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(of)}")

@@ -1,20 +1,19 @@
-"""The base of every architecture: parameters, codes, steps and the state that outlives a step."""
+"""The base of every architecture: codes, loss, steps and the state that outlives a step."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_sae.allocation import Matches
-from lightning_sae.checks import require_not_negative, require_positive
-from lightning_sae.distributed import max_over_ranks, sum_over_ranks
+from lightning_sae.allocation import Importance, Matches, score
+from lightning_sae.checks import require_choice, require_not_negative, require_positive
+from lightning_sae.dictionary import Dictionary, wide
+from lightning_sae.distributed import sum_over_ranks
 from lightning_sae.losses import aux_k_loss, reconstruction_loss
 from lightning_sae.metrics import (
     L0,
@@ -23,18 +22,15 @@ from lightning_sae.metrics import (
     FractionOfVarianceUnexplained,
     L0StandardDeviation,
 )
-from lightning_sae.metrics.base import widest_float
-from lightning_sae.sparse import weighted_sum
 from lightning_sae.zipf import dying_fraction
 
 
-class SparseAutoencoder(pl.LightningModule, ABC):
+class SparseAutoencoder(Dictionary, ABC):
     """A dictionary of features that explains each activation by a few of them.
 
-    With x the activations of a batch and s the input scale, the affinities of its tokens with the
-    features are ``z' = (s x - b_dec) W_enc^T + b_enc``. A subclass says in `choose` which
-    token-feature pairs are matches; their values z are the codes, and the reconstruction is
-    ``(z W_dec + b_dec) / s``.
+    A subclass says in `choose` which token-feature pairs are matches, from scores that rank them:
+    their affinities, or another measure of `importance`. The affinities of the matches are the
+    codes; all others are zero.
 
     In `train()` mode matches are chosen over the batch, and `loss` also keeps the state that
     outlives a step up to date, as batch normalisation does: the first batch sets `b_dec` to its
@@ -47,15 +43,15 @@ class SparseAutoencoder(pl.LightningModule, ABC):
     optimizer step, as the Trainer does here.
 
     Attributes:
-        encoder: Linear map from activations to affinities, weight of shape (n_features, d_model).
-        W_dec: Dictionary, one unit-norm row a feature, shape (n_features, d_model).
-        b_dec: Origin of the codes in scaled activations, shape (d_model,).
-        input_mean: Mean of the first training batch, in the units of the activations, (d_model,).
-        input_scale: Factor s applied to activations before they are encoded, 0-d.
-        initialized: Whether mean, scale and `b_dec` have been set, bool, 0-d.
         tokens_seen: Tokens trained on, over all ranks, int64, 0-d.
         tokens_since_fired: For each feature, tokens since its last match, int64, (n_features,).
+        density: For each feature, the share of tokens it was matched with, over about the last
+            `dead_after_tokens` tokens, float32, (n_features,).
     """
+
+    tokens_seen: Tensor
+    tokens_since_fired: Tensor
+    density: Tensor
 
     def __init__(
         self,
@@ -65,43 +61,27 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         aux_k_coefficient: float = 1 / 32,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
+        importance: Importance = "affinity",
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(d_model, n_features)
         k_aux = k_aux if k_aux is not None else max(1, d_model // 2)
-        require_positive(d_model=d_model, n_features=n_features, k_aux=k_aux)
-        require_positive(dead_after_tokens=dead_after_tokens)
+        require_positive(k_aux=k_aux, dead_after_tokens=dead_after_tokens)
         require_not_negative(aux_k_coefficient=aux_k_coefficient)
+        require_choice(importance=importance, of=get_args(Importance))
         # Primitives only: checkpoints with classes among their hyperparameters do not load safely.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.d_model = d_model
-        self.n_features = n_features
         self.aux_k_coefficient = aux_k_coefficient
         self.k_aux = k_aux
         self.dead_after_tokens = dead_after_tokens
+        self.importance = importance
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
 
-        directions = functional.normalize(torch.randn(n_features, d_model), dim=1)
-        self.encoder = nn.Linear(d_model, n_features)
-        self.encoder.weight.data.copy_(
-            directions
-        )  # tied at the start: Gao et al. 2024, section 2.4
-        self.encoder.bias.data.zero_()
-        self.W_dec = nn.Parameter(directions)
-        self.b_dec = nn.Parameter(torch.zeros(d_model))
-        # float32 also where the default is a 16-bit type
-        self.register_buffer("input_mean", torch.zeros(d_model, dtype=torch.float32))
-        self.register_buffer("input_scale", torch.tensor(1.0, dtype=torch.float32))
-        self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("tokens_seen", torch.tensor(0))
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64))
-        self.input_mean: Tensor
-        self.input_scale: Tensor
-        self.initialized: Tensor
-        self.tokens_seen: Tensor
-        self.tokens_since_fired: Tensor
+        self.register_buffer("density", torch.zeros(n_features, dtype=torch.float32))
 
         self.fvu = FractionOfVarianceUnexplained(d_model)
         self.l0 = L0()
@@ -112,30 +92,31 @@ class SparseAutoencoder(pl.LightningModule, ABC):
     # What an architecture decides
 
     @abstractmethod
-    def choose(self, affinities: Tensor) -> Matches:
-        """Choose the matches of a training batch from its affinities (tokens, n_features)."""
+    def choose(self, scores: Tensor) -> Matches:
+        """Choose the matches of a training batch from scores (tokens, n_features)."""
 
     @abstractmethod
-    def choose_alone(self, affinities: Tensor) -> Matches:
+    def choose_alone(self, scores: Tensor) -> Matches:
         """Choose each token's matches without regard to the other tokens of the batch."""
 
-    def penalties(self, affinities: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
+    def penalties(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms added to the reconstruction loss in training, by name.
 
         By default the loss by which dead features learn to explain the remaining error.
 
         Args:
-            affinities: Shape (tokens, n_features).
-            matches: The matches chosen from them.
-            error: Scaled activations less their reconstruction, shape (tokens, d_model).
+            scaled: Scaled activations, shape (tokens, d_model).
+            matches: The matches chosen for them.
+            error: `scaled` less its reconstruction, shape (tokens, d_model).
         """
         if self.aux_k_coefficient == 0:
             return {}
         dead = self.dead_features_mask().nonzero().squeeze(1)
-        loss = aux_k_loss(affinities[:, dead], error, _unit_rows(self.W_dec[dead]), self.k_aux)
+        affinities = self.affinities(scaled, dead)
+        loss = aux_k_loss(affinities, error, self.directions(dead), self.k_aux)
         return {"aux_k_loss": self.aux_k_coefficient * loss}
 
-    def observe(self, affinities: Tensor, matches: Matches) -> None:
+    def observe(self, scores: Tensor, matches: Matches) -> None:
         """Update the architecture's own state, thresholds say, from a training batch."""
 
     # Codes
@@ -156,27 +137,28 @@ class SparseAutoencoder(pl.LightningModule, ABC):
 
     def match(self, x: Tensor) -> Matches:
         """Return the matches of activations (tokens, d_model): `encode` without the zeros."""
-        affinities = self.affinities(self._scale(x))
-        return self.choose(affinities) if self.training else self.choose_alone(affinities)
+        return self._match(self.scaled(x))[0]
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Return the activations (..., d_model) that codes (..., n_features) stand for."""
-        with torch.autocast(codes.device.type, enabled=False):
-            dictionary = self._dictionary()
-            scaled = codes.to(dictionary.dtype) @ dictionary + self.b_dec.to(dictionary.dtype)
-            return scaled / self.input_scale
+    def _match(self, scaled: Tensor) -> tuple[Matches, Tensor]:
+        """Return matches, and the scores (tokens, n_features) that they were chosen by."""
+        with torch.no_grad():
+            affinities = self.affinities(scaled)
+            if not bool(affinities.sum().isfinite()):  # else a NaN would just never be chosen
+                raise ValueError(
+                    f"affinities are not finite after {self.tokens_seen.item()} tokens: "
+                    "lower the learning rate, or look for NaN or infinite activations"
+                )
+            scores = self._scores(affinities, scaled)
+            chosen = self.choose(scores) if self.training else self.choose_alone(scores)
+            if scores is not affinities:
+                chosen.value = affinities[chosen.token, chosen.feature]
+        return self.with_gradient(scaled, chosen), scores
 
-    def affinities(self, scaled: Tensor) -> Tensor:
-        """Return the affinities (tokens, n_features) of scaled activations (tokens, d_model).
-
-        In float32 or wider under every precision, because 16-bit affinities tie too often for a
-        choice between them to mean anything.
-        """
-        with torch.autocast(scaled.device.type, enabled=False):
-            wide = torch.promote_types(self.encoder.weight.dtype, torch.float32)
-            centred = scaled.to(wide) - self.b_dec.to(wide)
-            weight, bias = self.encoder.weight.to(wide), self.encoder.bias.to(wide)
-            return functional.linear(centred, weight, bias)
+    def _scores(self, affinities: Tensor, scaled: Tensor) -> Tensor:
+        if self.importance == "affinity":
+            return affinities
+        centred = scaled - wide(self.b_dec)
+        return score(affinities, self.importance, centred=centred, dictionary=self.directions())
 
     # Training
 
@@ -199,66 +181,33 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         x = x.reshape(-1, x.shape[-1])
         if self.training and not self.initialized:
             self.initialize(x)
-        scaled = self._scale(x)
-        affinities = self.affinities(scaled)
-        if not bool(affinities.sum().isfinite()):  # else a NaN would just never be chosen
-            raise ValueError(
-                f"affinities are not finite after {self.tokens_seen.item()} tokens: "
-                "lower the learning rate, or look for NaN or infinite activations"
-            )
-        matches = self.choose(affinities) if self.training else self.choose_alone(affinities)
-        error = scaled - self._reconstruct(matches)
+        scaled = self.scaled(x)
+        matches, scores = self._match(scaled)
+        error = scaled - self.reconstruct(matches)
         terms = {"reconstruction_loss": reconstruction_loss(error)}
         if self.training:
-            terms |= self.penalties(affinities, matches, error)
-            self._observe(affinities.detach(), matches)
+            terms |= self.penalties(scaled, matches, error)
+            self._observe(scores, matches)
         loss = torch.stack(list(terms.values())).sum()
         stats = {"loss": loss, **terms, **self._batch_statistics(scaled, error, matches)}
         return loss, {name: value.detach() for name, value in stats.items()}
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Set `b_dec`, `input_mean` and `input_scale` from activations (tokens, d_model).
-
-        `loss` does so with the first training batch; call it before for a larger sample. Under
-        data parallelism the sample is that of all ranks.
-
-        Raises:
-            ValueError: If all activations are equal, not finite, or not d_model wide.
-        """
-        self._check_width(x)
-        x = x.detach().to(widest_float(x.device))
-        count = sum_over_ranks(x.new_tensor(x.shape[0]))
-        mean = sum_over_ranks(x.sum(0)) / count
-        variance = sum_over_ranks((x - mean).square().sum()) / count  # squared length of a token
-        if not bool(variance.isfinite()) or not bool(variance > 0):
-            raise ValueError(
-                f"activations with variance {variance.item()} cannot be scaled: "
-                "they must be finite and not all the same"
-            )
-        scale = (self.d_model / variance).sqrt()
-        self.input_mean.copy_(mean)
-        self.input_scale.copy_(scale)
-        self.b_dec.copy_(mean * scale)
-        self.initialized.fill_(True)
-
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        """Give every row of `W_dec` unit norm again. Call it after each optimizer step."""
-        self.W_dec.copy_(functional.normalize(self.W_dec, dim=1))
 
     def dead_features_mask(self) -> Tensor:
         """Return which features have not fired for `dead_after_tokens`, bool, (n_features,)."""
         return self.tokens_since_fired >= self.dead_after_tokens
 
     @torch.no_grad()
-    def _observe(self, affinities: Tensor, matches: Matches) -> None:
-        fired = max_over_ranks((matches.per_feature() > 0).to(torch.uint8)).bool()
-        tokens = sum_over_ranks(self.tokens_seen.new_tensor(affinities.shape[0]))
+    def _observe(self, scores: Tensor, matches: Matches) -> None:
+        counts = torch.cat([matches.per_feature(), self.tokens_seen.new_tensor([scores.shape[0]])])
+        fires, tokens = sum_over_ranks(counts).split([self.n_features, 1])
+        tokens = tokens.squeeze()
         self.tokens_seen += tokens
         self.tokens_since_fired += tokens
-        self.tokens_since_fired.masked_fill_(fired, 0)
-        self.observe(affinities, matches)
+        self.tokens_since_fired.masked_fill_(fires > 0, 0)
+        # The mean over all tokens until there are dead_after_tokens of them, then a running one.
+        window = self.tokens_seen.clamp(max=self.dead_after_tokens).maximum(tokens)
+        self.density.lerp_((fires / tokens).float(), (tokens / window).float())
+        self.observe(scores, matches)
 
     @torch.no_grad()
     def _batch_statistics(
@@ -374,44 +323,6 @@ class SparseAutoencoder(pl.LightningModule, ABC):
         expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
         if found != expected:
             raise ValueError(f"the checkpoint holds {found}, the configuration asks for {expected}")
-
-    # Details
-
-    def _dictionary(self) -> Tensor:
-        """Return the decoder with unit rows, in float32 or wider: its sums carry a large mean."""
-        return _unit_rows(self.W_dec.to(torch.promote_types(self.W_dec.dtype, torch.float32)))
-
-    def _reconstruct(self, matches: Matches) -> Tensor:
-        """Return the scaled activations (tokens, d_model) that matches stand for."""
-        with torch.autocast(matches.value.device.type, enabled=False):
-            dictionary = self._dictionary()
-            return weighted_sum(matches, dictionary) + self.b_dec.to(dictionary.dtype)
-
-    def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d_model:
-            raise ValueError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
-
-    def _scale(self, x: Tensor) -> Tensor:
-        self._check_width(x)
-        return x.to(torch.promote_types(self.W_dec.dtype, torch.float32)) * self.input_scale
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseAutoencoder":
-        """Move buffers between devices, but keep them in float32 when weights become 16-bit."""
-        exact = {n: b for n, b in self.named_buffers(recurse=False) if b.dtype == torch.float32}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        for name, buffer in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
-
-def _unit_rows(directions: Tensor) -> Tensor:
-    """Normalise rows inside the graph, which projects their gradient orthogonal to them.
-
-    The stored rows have unit norm between steps already; this makes it true in any training loop.
-    """
-    return functional.normalize(directions, dim=1)
 
 
 def _activations(batch: Any) -> Tensor:

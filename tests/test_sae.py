@@ -386,3 +386,34 @@ def test_a_batch_that_is_not_finite_stops_the_run():
     bad = TensorDataset(activations(128).fill_(math.inf))
     with pytest.raises(ValueError, match="affinities are not finite after"):
         quiet_trainer(max_steps=3).fit(sae, DataLoader(bad, batch_size=64))
+
+
+@pytest.mark.parametrize("importance", ["decoder_norm", "token_norm", "gain"])
+@pytest.mark.parametrize("make", list(ARCHITECTURES.values())[1:], ids=list(ARCHITECTURES)[1:])
+def test_every_importance_ranks_and_the_codes_stay_affinities(make, importance):
+    sae = make(importance=importance)
+    losses = train(sae, 100)
+    assert losses[-1] < 0.7 * losses[0]
+    for mode in (sae.train(), sae.eval()):
+        x = activations()
+        affinities = mode.affinities(mode.scaled(x))
+        codes = mode.encode(x)
+        assert 0 < (codes > 0).sum() < codes.numel()
+        torch.testing.assert_close(codes[codes > 0], affinities[codes > 0])
+
+
+def test_density_is_the_mean_until_the_window_is_full_and_then_follows():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K, dead_after_tokens=3 * 64)
+    counts = []
+    for seed in range(3):
+        x = superposition(64, D_MODEL, n_features=32, seed=seed)
+        counts.append(sae.match(x).per_feature() if seed else None)
+        sae.loss(x)
+        if seed == 0:
+            counts[0] = (sae.density * 64).round()
+    torch.testing.assert_close(sae.density, sum(counts) / (3 * 64))
+    before = sae.density.clone()
+    now = sae.match(x).per_feature() / 64
+    sae.loss(x)
+    torch.testing.assert_close(sae.density, before + (now - before) / 3)
+    assert sae.density.sum() == pytest.approx(K, rel=0.05)

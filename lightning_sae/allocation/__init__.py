@@ -7,14 +7,17 @@ from lightning_sae.allocation.choices import (
     threshold_choice,
     token_choice,
 )
+from lightning_sae.allocation.importance import Importance, score
 from lightning_sae.allocation.matches import Matches, matches_where
 
 __all__ = [
+    "Importance",
     "Matches",
     "feature_choice",
     "matches_where",
     "midpoint_thresholds",
     "mutual_choice",
+    "score",
     "threshold_choice",
     "token_choice",
 ]

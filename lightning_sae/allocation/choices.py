@@ -140,7 +140,7 @@ def midpoint_thresholds(affinities: Tensor, matches: Matches) -> Tensor:
     rejected = scores.index_put((matches.token, matches.feature), scores.new_tensor(-torch.inf))
     first_rejected = rejected.amax(0)
     last_chosen = scores.new_full((scores.shape[1],), torch.inf).scatter_reduce(
-        0, matches.feature, matches.value.detach().to(scores.dtype), "amin"
+        0, matches.feature, scores[matches.token, matches.feature], "amin"
     )
     last_chosen = torch.where(last_chosen.isinf(), first_rejected, last_chosen)
     # A token that was turned down for want of a positive affinity sets no bound above zero.

@@ -1,6 +1,7 @@
 """The outcome of an allocation: which features each token is matched with, and how strongly."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,10 +33,20 @@ class Matches:
     def __len__(self) -> int:
         return self.token.numel()
 
-    def to_dense(self) -> Tensor:
-        """Return the codes as one tensor of shape (tokens, features), zero where no match is."""
-        dense = self.value.new_zeros(self.shape)
-        return dense.index_put((self.token, self.feature), self.value)
+    def to_dense(self, values: Tensor | None = None) -> Tensor:
+        """Return the codes as one tensor of shape (tokens, features), zero where no match is.
+
+        Args:
+            values: What to put in place of `value`, shape (matches,).
+        """
+        values = self.value if values is None else values
+        return values.new_zeros(self.shape).index_put((self.token, self.feature), values)
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and features of the matches sorted by feature, and the order that does it."""
+        order = self.feature.argsort(stable=True)
+        return self.token[order], self.feature[order], order
 
     def per_token(self) -> Tensor:
         """Return the number of matches of each token, int64, shape (tokens,)."""

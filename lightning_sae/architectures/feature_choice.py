@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Matches, feature_choice, midpoint_thresholds
+from lightning_sae.allocation import Importance, Matches, feature_choice, midpoint_thresholds
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import require_k, require_not_negative
 from lightning_sae.distributed import world_size
@@ -38,6 +38,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         aux_k_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         k_aux: Dead features a token may use in that loss. Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
+        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
             decay to zero over the run.
@@ -59,6 +60,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         aux_k_coefficient: float = 1 / 32,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
+        importance: Importance = "affinity",
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             aux_k_coefficient=aux_k_coefficient,
             k_aux=k_aux,
             dead_after_tokens=dead_after_tokens,
+            importance=importance,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
@@ -112,13 +115,13 @@ class FeatureChoiceSAE(ThresholdSAE):
             maximum=max(self.max_density * tokens, 1.0),
         )
 
-    def choose(self, affinities: Tensor) -> Matches:
+    def choose(self, scores: Tensor) -> Matches:
         """Match every feature with its budget of tokens, rounded to integers at random."""
-        tokens = affinities.shape[0]
+        tokens = scores.shape[0]
         # The same on every rank, and again after a resumption: tokens_seen is both.
         budgets = round_budgets(self.budgets_for(tokens), seed=int(self.tokens_seen))
-        return feature_choice(affinities, budgets.to(affinities.device))
+        return feature_choice(scores, budgets.to(scores.device))
 
-    def batch_threshold(self, affinities: Tensor, matches: Matches) -> Tensor:
-        """Return the midpoint of each feature's last chosen and first rejected affinity."""
-        return midpoint_thresholds(affinities, matches)
+    def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
+        """Return the midpoint of each feature's last chosen and first rejected score."""
+        return midpoint_thresholds(scores, matches)

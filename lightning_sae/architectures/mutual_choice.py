@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Matches, mutual_choice
+from lightning_sae.allocation import Importance, Matches, mutual_choice
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import require_k
 
@@ -26,6 +26,7 @@ class MutualChoiceSAE(ThresholdSAE):
         aux_k_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         k_aux: Dead features a token may use in that loss. Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
+        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
             decay to zero over the run.
@@ -43,6 +44,7 @@ class MutualChoiceSAE(ThresholdSAE):
         aux_k_coefficient: float = 1 / 32,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
+        importance: Importance = "affinity",
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -52,6 +54,7 @@ class MutualChoiceSAE(ThresholdSAE):
             aux_k_coefficient=aux_k_coefficient,
             k_aux=k_aux,
             dead_after_tokens=dead_after_tokens,
+            importance=importance,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
@@ -59,10 +62,11 @@ class MutualChoiceSAE(ThresholdSAE):
         self.register_threshold()
         self.k = k
 
-    def choose(self, affinities: Tensor) -> Matches:
-        """Match the k * tokens pairs of largest affinity in the batch."""
-        return mutual_choice(affinities, self.k * affinities.shape[0])
+    def choose(self, scores: Tensor) -> Matches:
+        """Match the k * tokens pairs of largest score in the batch."""
+        return mutual_choice(scores, self.k * scores.shape[0])
 
-    def batch_threshold(self, affinities: Tensor, matches: Matches) -> Tensor:
-        """Return the smallest chosen affinity; zero if nothing was positive."""
-        return matches.value.min() if len(matches) else affinities.new_zeros(())
+    def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
+        """Return the smallest chosen score; zero if nothing was positive."""
+        chosen = scores[matches.token, matches.feature]
+        return chosen.min() if len(matches) else scores.new_zeros(())

@@ -60,15 +60,15 @@ class StandardSAE(SparseAutoencoder):
         self.l1_coefficient = l1_coefficient
         self.l1_warmup_tokens = l1_warmup_tokens
 
-    def choose(self, affinities: Tensor) -> Matches:
+    def choose(self, scores: Tensor) -> Matches:
         """Match every pair of positive affinity."""
-        return threshold_choice(affinities, 0.0)
+        return threshold_choice(scores, 0.0)
 
-    def choose_alone(self, affinities: Tensor) -> Matches:
+    def choose_alone(self, scores: Tensor) -> Matches:
         """Match as in training: a token's matches do not depend on the other tokens."""
-        return self.choose(affinities)
+        return self.choose(scores)
 
-    def penalties(self, affinities: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
+    def penalties(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the L1 penalty."""
         warm = (self.tokens_seen / max(1, self.l1_warmup_tokens)).clamp(max=1.0)
         coefficient = self.l1_coefficient * (warm if self.l1_warmup_tokens else 1.0)

@@ -22,7 +22,7 @@ class ThresholdSAE(SparseAutoencoder):
         averaging: Weight of the past, a batch, in the running average. The threshold falls while
             dictionaries improve, and a long average lags behind it: it would fire too rarely.
         threshold: Running average of what each training batch was cut at, float32, NaN until the
-            first one. In scaled activations, as the affinities are.
+            first one. In the units of the scores: those of scaled activations, for affinities.
     """
 
     averaging = 0.9
@@ -33,11 +33,11 @@ class ThresholdSAE(SparseAutoencoder):
         self.register_buffer("threshold", torch.full(shape, torch.nan, dtype=torch.float32))
 
     @abstractmethod
-    def batch_threshold(self, affinities: Tensor, matches: Matches) -> Tensor:
+    def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
         """Return what a batch was cut at, in the shape of `threshold`."""
 
-    def choose_alone(self, affinities: Tensor) -> Matches:
-        """Match every pair whose affinity is above the threshold.
+    def choose_alone(self, scores: Tensor) -> Matches:
+        """Match every pair whose score is above the threshold.
 
         Raises:
             RuntimeError: If no training batch has set the threshold.
@@ -47,11 +47,11 @@ class ThresholdSAE(SparseAutoencoder):
                 f"threshold of {type(self).__name__} is not calibrated: "
                 "train on at least one batch, or load a trained checkpoint, before eval()"
             )
-        return threshold_choice(affinities, self.threshold)
+        return threshold_choice(scores, self.threshold)
 
-    def observe(self, affinities: Tensor, matches: Matches) -> None:
+    def observe(self, scores: Tensor, matches: Matches) -> None:
         """Move the threshold towards what this batch was cut at."""
-        seen = mean_over_ranks(self.batch_threshold(affinities, matches).float())
+        seen = mean_over_ranks(self.batch_threshold(scores, matches).float())
         first = self.threshold.isnan()
         self.threshold.copy_(
             torch.where(first, seen, self.threshold.lerp(seen, 1 - self.averaging))

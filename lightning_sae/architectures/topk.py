@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Matches, token_choice
+from lightning_sae.allocation import Importance, Matches, token_choice
 from lightning_sae.checks import require_k
 from lightning_sae.sae import SparseAutoencoder
 
@@ -22,6 +22,7 @@ class TopKSAE(SparseAutoencoder):
         aux_k_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         k_aux: Dead features a token may use in that loss. Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
+        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
             decay to zero over the run.
@@ -39,6 +40,7 @@ class TopKSAE(SparseAutoencoder):
         aux_k_coefficient: float = 1 / 32,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
+        importance: Importance = "affinity",
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -48,16 +50,17 @@ class TopKSAE(SparseAutoencoder):
             aux_k_coefficient=aux_k_coefficient,
             k_aux=k_aux,
             dead_after_tokens=dead_after_tokens,
+            importance=importance,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
         require_k(k, n_features)
         self.k = k
 
-    def choose(self, affinities: Tensor) -> Matches:
-        """Match every token with its k features of largest affinity."""
-        return token_choice(affinities, self.k)
+    def choose(self, scores: Tensor) -> Matches:
+        """Match every token with its k features of largest score."""
+        return token_choice(scores, self.k)
 
-    def choose_alone(self, affinities: Tensor) -> Matches:
+    def choose_alone(self, scores: Tensor) -> Matches:
         """Match as in training: a token's choice does not depend on the other tokens."""
-        return self.choose(affinities)
+        return self.choose(scores)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lightning_sae.allocation import mutual_choice, threshold_choice
-from lightning_sae.sparse import decode as decode_module
-from lightning_sae.sparse import weighted_sum
+from lightning_sae.sparse import rows, weighted_sum
 
 
 @pytest.mark.parametrize("budget", [0, 1, 8, 48])  # none, few (gathered), many (dense), all
@@ -18,7 +17,7 @@ def test_equals_the_dense_product(budget: int):
 
 @pytest.mark.parametrize("dense_above", [0.0, 1.0])  # both ways of computing it
 def test_gradients(dense_above: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode_module, "DENSE_ABOVE", dense_above)
+    monkeypatch.setattr(rows, "DENSE_ABOVE", dense_above)
     affinities = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     dictionary = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
 

@@ -1,0 +1,163 @@
+"""The parameters of every architecture, and the linear maps between activations and codes."""
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_sae.allocation import Matches
+from lightning_sae.checks import require_positive
+from lightning_sae.distributed import sum_over_ranks
+from lightning_sae.metrics.base import widest_float
+from lightning_sae.sparse import matched_affinities, weighted_sum
+
+
+class Dictionary(pl.LightningModule):
+    """Features as an encoder and unit-norm decoder directions, with an origin and a scale.
+
+    With x the activations of a batch and s the input scale, the affinities of its tokens with the
+    features are ``z' = (s x - b_dec) W_enc^T + b_enc``, and codes z stand for the activations
+    ``(z W_dec + b_dec) / s``.
+
+    Args:
+        d_model: Width of the activations.
+        n_features: Size of the dictionary.
+
+    Attributes:
+        encoder: Linear map from activations to affinities, weight of shape (n_features, d_model).
+        W_dec: Dictionary, one unit-norm row a feature, shape (n_features, d_model).
+        b_dec: Origin of the codes in scaled activations, shape (d_model,).
+        input_mean: Mean of the first training batch, in the units of the activations, (d_model,).
+        input_scale: Factor s applied to activations before they are encoded, 0-d.
+        initialized: Whether mean, scale and `b_dec` have been set, bool, 0-d.
+    """
+
+    input_mean: Tensor
+    input_scale: Tensor
+    initialized: Tensor
+
+    def __init__(self, d_model: int, n_features: int) -> None:
+        super().__init__()
+        require_positive(d_model=d_model, n_features=n_features)
+        self.d_model = d_model
+        self.n_features = n_features
+        directions = functional.normalize(torch.randn(n_features, d_model), dim=1)
+        self.encoder = nn.Linear(d_model, n_features)
+        # tied at the start: Gao et al. 2024, section 2.4
+        self.encoder.weight.data.copy_(directions)
+        self.encoder.bias.data.zero_()
+        self.W_dec = nn.Parameter(directions)
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        # float32 also where the default is a 16-bit type
+        self.register_buffer("input_mean", torch.zeros(d_model, dtype=torch.float32))
+        self.register_buffer("input_scale", torch.tensor(1.0, dtype=torch.float32))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set `b_dec`, `input_mean` and `input_scale` from activations (tokens, d_model).
+
+        `loss` does so with the first training batch; call it before for a larger sample. Under
+        data parallelism the sample is that of all ranks.
+
+        Raises:
+            ValueError: If all activations are equal, not finite, or not d_model wide.
+        """
+        self._check_width(x)
+        x = x.detach().to(widest_float(x.device))
+        count = sum_over_ranks(x.new_tensor(x.shape[0]))
+        mean = sum_over_ranks(x.sum(0)) / count
+        variance = sum_over_ranks((x - mean).square().sum()) / count  # squared length of a token
+        if not bool(variance.isfinite()) or not bool(variance > 0):
+            raise ValueError(
+                f"activations with variance {variance.item()} cannot be scaled: "
+                "they must be finite and not all the same"
+            )
+        scale = (self.d_model / variance).sqrt()
+        self.input_mean.copy_(mean)
+        self.input_scale.copy_(scale)
+        self.b_dec.copy_(mean * scale)
+        self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Give every row of `W_dec` unit norm again. Call it after each optimizer step."""
+        self.W_dec.copy_(functional.normalize(self.W_dec, dim=1))
+
+    def affinities(self, scaled: Tensor, features: Tensor | None = None) -> Tensor:
+        """Return the affinities of scaled activations with all features, or with some.
+
+        In float32 or wider under every precision, because 16-bit affinities tie too often for a
+        choice between them to mean anything.
+
+        Args:
+            scaled: Shape (tokens, d_model).
+            features: Indices of the features wanted, int64.
+
+        Returns:
+            Shape (tokens, features).
+        """
+        with torch.autocast(scaled.device.type, enabled=False):
+            weight, bias = self._encoder()
+            if features is not None:
+                weight, bias = weight[features], bias[features]
+            return functional.linear(scaled - wide(self.b_dec), weight, bias)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the activations (..., d_model) that codes (..., n_features) stand for."""
+        with torch.autocast(codes.device.type, enabled=False):
+            dictionary = self.directions()
+            return (codes.to(dictionary.dtype) @ dictionary + wide(self.b_dec)) / self.input_scale
+
+    def directions(self, features: Tensor | None = None) -> Tensor:
+        """Return decoder rows of unit norm, of all features or of some, in float32 or wider.
+
+        Stored rows have unit norm between steps already; to normalise them inside the graph too
+        makes it true in any training loop, and projects their gradient orthogonal to them.
+        """
+        rows = self.W_dec if features is None else self.W_dec[features]
+        return functional.normalize(wide(rows), dim=1)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return activations (tokens, d_model) in units in which codes are computed, float32.
+
+        Raises:
+            ValueError: If x is not d_model wide.
+        """
+        self._check_width(x)
+        return wide(x) * self.input_scale
+
+    def with_gradient(self, scaled: Tensor, matches: Matches) -> Matches:
+        """Return matches whose values, chosen without autograd, have the encoder's gradient."""
+        with torch.autocast(scaled.device.type, enabled=False):
+            values = matched_affinities(scaled, wide(self.b_dec), *self._encoder(), matches)
+        return Matches(matches.token, matches.feature, values, matches.shape)
+
+    def reconstruct(self, matches: Matches) -> Tensor:
+        """Return the scaled activations (tokens, d_model) that matches stand for."""
+        with torch.autocast(matches.value.device.type, enabled=False):
+            return weighted_sum(matches, self.directions()) + wide(self.b_dec)
+
+    def _encoder(self) -> tuple[Tensor, Tensor]:
+        return wide(self.encoder.weight), wide(self.encoder.bias)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Dictionary":
+        """Move buffers between devices, but keep them in float32 when weights become 16-bit."""
+        exact = {n: b for n, b in self.named_buffers(recurse=False) if b.dtype == torch.float32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if that is what it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,73 @@
+"""Give the values of matches their gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_sae.allocation import Matches
+from lightning_sae.sparse.rows import is_dense, sum_rows
+
+
+def matched_affinities(
+    x: Tensor, origin: Tensor, weight: Tensor, bias: Tensor, matches: Matches
+) -> Tensor:
+    """Return the affinities of matches, known already, with the gradient of the encoder.
+
+    Equal to `((x - origin) @ weight.T + bias)[matches.token, matches.feature]` in value and
+    gradients, at a cost that grows with the matches: whoever chose the matches computed all
+    affinities, but without autograd.
+
+    Args:
+        x: Inputs, shape (tokens, d_model).
+        origin: Shape (d_model,).
+        weight: One row a feature, shape (features, d_model).
+        bias: Shape (features,).
+        matches: Pairs and their affinities, sorted by token.
+
+    Returns:
+        Shape (matches,), equal to `matches.value`.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+        >>> match = Matches(torch.tensor([0]), torch.tensor([1]), torch.tensor([6.0]), shape=(1, 2))
+        >>> zeros = torch.zeros(2)
+        >>> matched_affinities(torch.tensor([[5.0, 3.0]]), zeros, weight, zeros, match).backward()
+        >>> weight.grad
+        tensor([[0., 0.],
+                [5., 3.]])
+    """
+    return _MatchedAffinities.apply(x, origin, weight, bias, matches)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
+
+
+class _MatchedAffinities(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, origin: Tensor, weight: Tensor, bias: Tensor, matches: Matches
+    ) -> Tensor:
+        ctx.matches = matches
+        ctx.save_for_backward(x, origin, weight)
+        return matches.value.detach().clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]  # torch does not annotate it
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, origin, weight = ctx.saved_tensors
+        matches: Matches = ctx.matches
+        grad = grad.contiguous()  # a sum's gradient is expanded
+        tokens, features = matches.shape
+        to_bias = grad.new_zeros(features).index_add_(0, matches.feature, grad)
+        to_x = None
+        if is_dense(matches):
+            dense = matches.to_dense(grad)
+            to_weight = dense.T @ (x - origin)
+            if ctx.needs_input_grad[0]:
+                to_x = dense @ weight
+        else:
+            token, feature, order = matches.by_feature
+            to_weight = sum_rows(x - origin, feature, token, grad[order], features)
+            if ctx.needs_input_grad[0]:
+                to_x = sum_rows(weight, matches.token, matches.feature, grad, tokens)
+        # Each match's gradient flows to the origin along its feature's row: add up per feature.
+        return to_x, -(to_bias @ weight), to_weight, to_bias, None

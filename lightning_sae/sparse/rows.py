@@ -1,0 +1,45 @@
+"""What decoding and the gradients of matches have in common: weighted sums of a table's rows."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_sae.allocation import Matches
+
+DENSE_ABOVE = 1 / 16  # share of pairs that match: where gathers and a GEMM cost the same on a CPU
+
+
+def is_dense(matches: Matches) -> bool:
+    """Return whether so many pairs match that dense products are cheaper than gathers."""
+    tokens, features = matches.shape
+    return len(matches) > DENSE_ABOVE * tokens * features
+
+
+def sum_rows(table: Tensor, bag: Tensor, row: Tensor, weight: Tensor, bags: int) -> Tensor:
+    """Add up, for each bag, the rows of a table that fall into it, times their weights.
+
+    Reads one row for every entry and writes one for every bag. Differentiable in the weights
+    alone, at the same cost.
+
+    Args:
+        table: Shape (rows, width). Treated as constant.
+        bag: Bag of each entry, int64, ascending, shape (entries,).
+        row: Row of each entry, int64, shape (entries,).
+        weight: Shape (entries,), the dtype of the table.
+        bags: Number of bags.
+
+    Returns:
+        Shape (bags, width); zero for a bag without entries.
+
+    Example:
+        >>> table = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> bag, row = torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1])
+        >>> sum_rows(table, bag, row, torch.tensor([1.0, 2.0, 3.0]), bags=3)
+        tensor([[1., 2.],
+                [0., 0.],
+                [0., 3.]])
+    """
+    starts = torch.searchsorted(bag, torch.arange(bags, device=bag.device))
+    return functional.embedding_bag(
+        row, table.detach(), starts, mode="sum", per_sample_weights=weight
+    )
