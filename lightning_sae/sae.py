@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pickle import UnpicklingError
 from typing import Any, get_args
 
 import torch
@@ -23,6 +24,15 @@ from lightning_sae.metrics import (
     L0StandardDeviation,
 )
 from lightning_sae.zipf import dying_fraction
+
+_SHARED_BUFFERS = (
+    "input_mean",
+    "input_scale",
+    "initialized",
+    "tokens_seen",
+    "tokens_since_fired",
+    "density",
+)
 
 
 class SparseAutoencoder(Dictionary, ABC):
@@ -148,17 +158,36 @@ class SparseAutoencoder(Dictionary, ABC):
                     f"affinities are not finite after {self.tokens_seen.item()} tokens: "
                     "lower the learning rate, or look for NaN or infinite activations"
                 )
-            scores = self._scores(affinities, scaled)
+            scores = self._scores_of(affinities, scaled)
             chosen = self.choose(scores) if self.training else self.choose_alone(scores)
             if scores is not affinities:
                 chosen.value = affinities[chosen.token, chosen.feature]
         return self.with_gradient(scaled, chosen), scores
 
-    def _scores(self, affinities: Tensor, scaled: Tensor) -> Tensor:
+    @torch.no_grad()
+    def scores(self, scaled: Tensor, features: Tensor | None = None) -> Tensor:
+        """Return what pairs are ranked by: affinities, or another measure of `importance`.
+
+        Args:
+            scaled: Scaled activations, shape (tokens, d_model).
+            features: Indices of the features wanted, int64. Default: all.
+
+        Returns:
+            Shape (tokens, features), without a gradient.
+        """
+        return self._scores_of(self.affinities(scaled, features), scaled, features)
+
+    def _scores_of(
+        self, affinities: Tensor, scaled: Tensor, features: Tensor | None = None
+    ) -> Tensor:
         if self.importance == "affinity":
             return affinities
-        centred = scaled - wide(self.b_dec)
-        return score(affinities, self.importance, centred=centred, dictionary=self.directions())
+        return score(
+            affinities,
+            self.importance,
+            centred=scaled - wide(self.b_dec),
+            dictionary=self.directions(features),
+        )
 
     # Training
 
@@ -227,11 +256,33 @@ class SparseAutoencoder(Dictionary, ABC):
         """Return what there is to log about the thresholds used in `eval()` mode."""
         return {}
 
+    def load_dictionary(self, path: str) -> None:
+        """Take over parameters, scale and counters from a checkpoint of any architecture.
+
+        Args:
+            path: A checkpoint of an SAE of the same shape.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        try:
+            found = torch.load(path, map_location=self.device, weights_only=True)["state_dict"]
+            wanted = dict(self.named_parameters())
+            wanted |= {name: getattr(self, name) for name in _SHARED_BUFFERS}
+            with torch.no_grad():
+                for name, tensor in wanted.items():
+                    tensor.copy_(found[name])
+        except (KeyError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+            raise ValueError(
+                f"{path} is no checkpoint of an SAE with d_model={self.d_model}, "
+                f"n_features={self.n_features}: {error}"
+            ) from error
+
     # The Trainer's steps: they log what `loss` and the metrics return, and decide nothing
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of activations and log its parts under ``train/``."""
-        loss, stats = self.loss(_activations(batch))
+        loss, stats = self.loss(activations_in(batch))
         shown = {"loss", "l0", "dead_fraction"}
         for name, value in stats.items():
             self.log(f"train/{name}", value, prog_bar=name in shown)
@@ -241,15 +292,15 @@ class SparseAutoencoder(Dictionary, ABC):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update the metrics with a batch of held-out activations."""
         if not self.trainer.sanity_checking:  # before the first step there is nothing to measure
-            self._measure(_activations(batch))
+            self._measure(activations_in(batch))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Update the metrics with a batch of held-out activations."""
-        self._measure(_activations(batch))
+        self._measure(activations_in(batch))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Matches:
         """Return the matches of a batch of activations."""
-        return self.match(_activations(batch))
+        return self.match(activations_in(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics under ``val/``."""
@@ -325,7 +376,7 @@ class SparseAutoencoder(Dictionary, ABC):
             raise ValueError(f"the checkpoint holds {found}, the configuration asks for {expected}")
 
 
-def _activations(batch: Any) -> Tensor:
+def activations_in(batch: Any) -> Tensor:
     """Return the activations in a batch: a tensor, a mapping, or what a TensorDataset yields."""
     if isinstance(batch, Mapping):
         batch = batch["activations"]

@@ -19,8 +19,19 @@ ARCHITECTURES = {
     "standard": partial(StandardSAE, D_MODEL, N_FEATURES, 0.5),
     "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),
     "mutual_choice": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K),
-    "feature_choice_uniform": partial(FeatureChoiceSAE, D_MODEL, N_FEATURES, K, budgets="uniform"),
-    "feature_choice_zipf": partial(FeatureChoiceSAE, D_MODEL, N_FEATURES, K, budgets="zipf"),
+    "feature_choice_uniform": partial(
+        FeatureChoiceSAE, D_MODEL, N_FEATURES, K, budgets="uniform", mutual_choice_for=0
+    ),
+    "feature_choice_zipf": partial(
+        FeatureChoiceSAE, D_MODEL, N_FEATURES, K, mutual_choice_for=0, zipf_exponent=1.0
+    ),
+    "feature_choice_in_two_phases": partial(
+        FeatureChoiceSAE,
+        *(D_MODEL, N_FEATURES, K),
+        mutual_choice_for=1000,  # tokens
+        zipf_exponent=1.0,  # so few tokens allow no fit
+        zipf_offset=1.0,
+    ),
 }
 # A Trainer that only trains is right for a test, and Lightning remarks on it.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

@@ -1,40 +1,63 @@
 """Feature Choice: Ayonrinde 2024, https://arxiv.org/abs/2411.02124."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, feature_choice, midpoint_thresholds
+from lightning_sae.allocation import (
+    Importance,
+    Matches,
+    feature_choice,
+    midpoint_thresholds,
+    mutual_choice,
+)
+from lightning_sae.allocation.ranking import kth_largest
 from lightning_sae.architectures.threshold import ThresholdSAE
-from lightning_sae.checks import require_k, require_not_negative
-from lightning_sae.distributed import world_size
-from lightning_sae.zipf import round_budgets, zipf_budgets
+from lightning_sae.checks import require_choice, require_k, require_not_negative
+from lightning_sae.distributed import mean_over_ranks, world_size
+from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
+
+_LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
 
 
 class FeatureChoiceSAE(ThresholdSAE):
     """Every feature has a budget of tokens in each batch, and chooses those of largest affinity.
 
-    Budgets sum to k matches a token, and each is at least one match a batch, so that a feature
-    fires in every batch in which its affinity is positive anywhere. They are equal (`uniform`) or
-    fall off with the feature's rank by the Zipf-Mandelbrot law (`zipf`), feature 0 having the
-    largest. In `eval()` mode one threshold a feature, the running average of the midpoint between
-    its last chosen and first rejected affinity, takes the place of the batch.
+    A run has two phases. First the batch chooses, as in Mutual Choice, until features have found
+    their place. Then features are ranked by the density they reached, a Zipf-Mandelbrot law is
+    fitted to these densities, and from then on each feature has the budget that the law gives its
+    rank. Ranks and law stay as they are. Budgets sum to k matches a token, and each is at least
+    one match a batch, so that a feature fires in every batch in which its affinity is positive
+    anywhere.
 
-    The paper sets budgets by a Zipf distribution; its constants, and the rank each feature gets,
-    are not known to us. Here ranks are fixed from the start.
+    In `eval()` mode one threshold a feature takes the place of the batch: the one above which the
+    feature fires as often as its budget allows. It is tracked in training: it rises while more
+    tokens are above it than the budget has matches, and falls while there are fewer.
+
+    The paper sets budgets by a Zipf distribution. Its constants, how features get their ranks,
+    what comes before and how a token is encoded without a batch are not known to us.
 
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
         k: Expected matches per token, 1 to n_features.
-        budgets: How matches are shared out among the features, `uniform` or `zipf`.
-        zipf_exponent: s in (rank + q)^-s; only for `zipf`.
-        zipf_offset: q in (rank + q)^-s. Default: n_features / 1000; only for `zipf`.
-        max_density: Share of a batch's tokens that one feature may take at most; only for `zipf`.
+        budgets: How matches are shared out among the features: `zipf`, or `uniform`, the same for
+            each.
+        mutual_choice_for: How long the batch chooses first: a share of the run, 0 to 1, or a
+            number of tokens, above 1. At 0 features choose from the start, ranked as they stand.
+        zipf_exponent: s in (rank + q)^-s. Default: fitted; 1 if features choose from the start.
+        zipf_offset: q in (rank + q)^-s. Default: fitted; n_features / 1000 from the start.
+        min_matches: Smallest budget, in matches a batch; below 1 a feature takes turns. Only for
+            `zipf`.
+        max_density: Share of a batch's tokens that one feature may take at most. Only for `zipf`.
+        start_from: Checkpoint of an SAE of any architecture and the same shape, whose dictionary
+            and densities training starts from. Set `mutual_choice_for` to 0 to keep its densities.
         aux_k_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         k_aux: Dead features a token may use in that loss. Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
@@ -43,9 +66,19 @@ class FeatureChoiceSAE(ThresholdSAE):
         lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
             decay to zero over the run.
 
+    Attributes:
+        tracking: How far a threshold moves in a batch, as a share of itself, at most.
+        choosing: Whether features choose by now, bool, 0-d.
+        target_density: Each feature's budget as a share of tokens, float32, (n_features,); zero
+            until features choose.
+
     Raises:
         ValueError: If a size is out of range.
     """
+
+    tracking = 0.05
+    choosing: Tensor
+    target_density: Tensor
 
     def __init__(
         self,
@@ -54,9 +87,12 @@ class FeatureChoiceSAE(ThresholdSAE):
         k: int,
         *,
         budgets: Literal["uniform", "zipf"] = "zipf",
-        zipf_exponent: float = 1.0,
+        mutual_choice_for: float = 0.85,
+        zipf_exponent: float | None = None,
         zipf_offset: float | None = None,
+        min_matches: float = 1.0,
         max_density: float = 0.5,
+        start_from: str | None = None,
         aux_k_coefficient: float = 1 / 32,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
@@ -64,9 +100,9 @@ class FeatureChoiceSAE(ThresholdSAE):
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        if budgets not in ("uniform", "zipf"):
-            raise ValueError(f"budgets={budgets!r} is neither 'uniform' nor 'zipf'")
-        require_not_negative(zipf_exponent=zipf_exponent, zipf_offset=zipf_offset or 0.0)
+        require_choice(budgets=budgets, of=("uniform", "zipf"))
+        require_not_negative(mutual_choice_for=mutual_choice_for, min_matches=min_matches)
+        require_not_negative(zipf_exponent=zipf_exponent or 0.0, zipf_offset=zipf_offset or 0.0)
         if not k / n_features <= max_density <= 1:
             raise ValueError(
                 f"max_density={max_density} is out of range: as a share of tokens it is at most 1, "
@@ -83,45 +119,140 @@ class FeatureChoiceSAE(ThresholdSAE):
             lr_scheduler=lr_scheduler,
         )
         require_k(k, n_features)
-        self.register_threshold(n_features)
         self.k = k
         self.budgets = budgets
-        self.zipf_exponent = zipf_exponent if budgets == "zipf" else 0.0
+        self.mutual_choice_for = mutual_choice_for
+        self.zipf_exponent = zipf_exponent
         self.zipf_offset = zipf_offset
-        self.max_density = max_density if budgets == "zipf" else 1.0
+        self.min_matches = min_matches
+        self.max_density = max_density
+        self.start_from = start_from
+        self.register_threshold(n_features)
+        self.register_buffer("choosing", torch.tensor(False))
+        self.register_buffer("target_density", torch.zeros(n_features, dtype=torch.float32))
 
-    def budgets_for(self, tokens: int) -> Tensor:
-        """Return each feature's expected matches in a batch, float64, shape (n_features,).
-
-        Args:
-            tokens: Size of the batch.
-
-        Raises:
-            ValueError: If k matches a token cannot be shared out so that every feature gets one.
-        """
-        total = self.k * tokens
-        if total < self.n_features:
-            needed = -(-self.n_features // self.k) * world_size()
-            raise ValueError(
-                f"k={self.k} matches for each of {tokens} tokens cannot give each of "
-                f"n_features={self.n_features} features one match: "
-                f"batch_size={needed} or more can"
-            )
-        return zipf_budgets(
-            total,
-            self.n_features,
-            exponent=self.zipf_exponent,
-            offset=self.zipf_offset,
-            maximum=max(self.max_density * tokens, 1.0),
-        )
+    def setup(self, stage: str) -> None:
+        """Load the dictionary to start from, unless the run is resumed."""
+        if stage == "fit" and self.start_from is not None and self.trainer.ckpt_path is None:
+            self.load_dictionary(self.start_from)
 
     def choose(self, scores: Tensor) -> Matches:
-        """Match every feature with its budget of tokens, rounded to integers at random."""
+        """Match by mutual choice at first, later every feature with its budget of tokens.
+
+        Raises:
+            ValueError: If the batch is too small for `min_matches`, or `mutual_choice_for` is a
+                share of a run of no set length.
+        """
         tokens = scores.shape[0]
+        if not self.choosing and self._first_phase_is_over():
+            self.begin_feature_choice(tokens)
+        if not self.choosing:
+            self._require_enough(tokens)
+            return mutual_choice(scores, self.k * tokens)
         # The same on every rank, and again after a resumption: tokens_seen is both.
         budgets = round_budgets(self.budgets_for(tokens), seed=int(self.tokens_seen))
-        return feature_choice(scores, budgets.to(scores.device))
+        return feature_choice(scores, budgets.clamp(max=tokens).to(scores.device))
+
+    def budgets_for(self, tokens: int) -> Tensor:
+        """Return each feature's budget in a batch of so many tokens, once features choose.
+
+        Returns:
+            Real numbers of matches that sum to k * tokens, float64 on the CPU, (n_features,).
+        """
+        shares = self.target_density.double().cpu()
+        return shares * (self.k * tokens / shares.sum())
+
+    @torch.no_grad()
+    def begin_feature_choice(self, tokens: int) -> None:
+        """Let features choose from now on, with budgets by the rank of their density.
+
+        Args:
+            tokens: Tokens of a batch, for which `min_matches` holds.
+
+        Raises:
+            ValueError: If they are too few for `min_matches`.
+        """
+        self._require_enough(tokens)
+        exponent, offset = self._law() if self.budgets == "zipf" else (0.0, 0.0)
+        by_rank = zipf_budgets(
+            self.k * tokens,
+            self.n_features,
+            exponent=exponent,
+            offset=offset,
+            minimum=min(self.min_matches, self.k * tokens / self.n_features),
+            maximum=max(self.max_density * tokens, self.min_matches),
+        )
+        # Where no density was measured all are equal, and features keep the order they are in.
+        order = self.density.argsort(descending=True, stable=True)
+        self.target_density[order] = (by_rank / tokens).to(self.target_density)
+        self.choosing.fill_(True)
+
+    def _law(self) -> tuple[float, float]:
+        """Return exponent and offset of the budgets: as given, else as fitted, else a guess."""
+        exponent, offset = 1.0, self.n_features / 1000
+        given = (self.zipf_exponent, self.zipf_offset)
+        if None in given and self.density.any():
+            try:
+                fit = fit_zipf(self.density, min(int(self.tokens_seen), self.dead_after_tokens))
+                exponent, offset = fit.exponent, fit.offset
+                rank_zero_info(f"Features choose from now on, with budgets along {fit}")
+            except ZipfFitError as error:
+                rank_zero_warn(f"Budgets follow s={exponent}, q={offset}: {error}")
+        return (
+            exponent if self.zipf_exponent is None else self.zipf_exponent,
+            offset if self.zipf_offset is None else self.zipf_offset,
+        )
+
+    def _first_phase_is_over(self) -> bool:
+        if self.mutual_choice_for == 0:
+            return True
+        if self.mutual_choice_for > 1:
+            return int(self.tokens_seen) >= self.mutual_choice_for
+        steps = self.trainer.estimated_stepping_batches if self._trainer else math.inf
+        if steps == math.inf:
+            raise ValueError(
+                f"mutual_choice_for={self.mutual_choice_for} is a share of a run, and this one has "
+                "no set number of steps: set trainer.max_steps, or give a number of tokens"
+            )
+        return self.trainer.global_step >= self.mutual_choice_for * steps
+
+    def _require_enough(self, tokens: int) -> None:
+        total = self.k * tokens
+        if self.budgets == "zipf" and total < self.min_matches * self.n_features:
+            needed = math.ceil(self.min_matches * self.n_features / self.k) * world_size()
+            raise ValueError(
+                f"k={self.k} matches for each of {tokens} tokens cannot give each of "
+                f"n_features={self.n_features} features min_matches={self.min_matches}: "
+                f"batch_size={needed} or min_matches={total / self.n_features:.3g} can"
+            )
 
     def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
-        """Return the midpoint of each feature's last chosen and first rejected score."""
-        return midpoint_thresholds(scores, matches)
+        """Return the smallest chosen score of the first phase, the same for every feature."""
+        chosen = scores[matches.token, matches.feature]
+        cut = chosen.min() if len(matches) else scores.new_zeros(())
+        return cut.expand(self.n_features)
+
+    def observe(self, scores: Tensor, matches: Matches) -> None:
+        """Move each threshold towards the one that as many tokens pass as the budget allows."""
+        if not self.choosing:
+            super().observe(scores, matches)
+            return
+        if self.threshold.isnan().any():  # features choose from the start
+            self.threshold.copy_(mean_over_ranks(midpoint_thresholds(scores, matches).float()))
+        # In proportion, because scores have no unit of their own. An average over the batches in
+        # which a feature had a match, say, would let one with less than one a batch fire too often.
+        budgets = self.budgets_for(scores.shape[0]).to(self.threshold)
+        passing = mean_over_ranks((scores > self.threshold).sum(0).float())
+        excess = ((passing - budgets) / budgets.clamp_min(1)).clamp(-1, 1)
+        self.threshold.mul_((self.tracking * excess).exp()).clamp_min_(_LEAST)
+
+    def calibrated(self, scaled: Tensor) -> Tensor:
+        """Return the thresholds that give every feature its budget on these tokens."""
+        counts = self.budgets_for(len(scaled)).round().long().to(scaled.device)
+        thresholds = []
+        for features in torch.arange(self.n_features, device=scaled.device).split(64):
+            columns = self.scores(scaled, features).T.contiguous()  # (64, tokens)
+            last = kth_largest(columns, counts[features].clamp(min=1))
+            first = kth_largest(columns, (counts[features] + 1).clamp(max=len(scaled)))
+            thresholds.append((last + first) / 2)
+        return torch.cat(thresholds).clamp_min(0)

@@ -70,3 +70,12 @@ class MutualChoiceSAE(ThresholdSAE):
         """Return the smallest chosen score; zero if nothing was positive."""
         chosen = scores[matches.token, matches.feature]
         return chosen.min() if len(matches) else scores.new_zeros(())
+
+    def calibrated(self, scaled: Tensor) -> Tensor:
+        """Return the midpoint of the last chosen and first rejected score of all pairs."""
+        budget = self.k * len(scaled)
+        largest = scaled.new_empty(0)
+        for tokens in scaled.split(1024):
+            largest = torch.cat([largest, self.scores(tokens).flatten()])
+            largest = largest.topk(min(budget + 1, len(largest))).values
+        return largest[-2:].mean().clamp_min(0)

@@ -36,6 +36,26 @@ class ThresholdSAE(SparseAutoencoder):
     def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
         """Return what a batch was cut at, in the shape of `threshold`."""
 
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the threshold to what gives exactly k matches a token on these activations.
+
+        Training keeps thresholds near it; this is for the end of training, on tokens enough for
+        the rarest feature: 100 times the inverse of its density. Under data parallelism each rank
+        calibrates on its own tokens, and the mean is taken.
+
+        Args:
+            x: Activations, shape (tokens, d_model).
+
+        Raises:
+            ValueError: If x is not d_model wide.
+        """
+        self.threshold.copy_(mean_over_ranks(self.calibrated(self.scaled(x)).float()))
+
+    @abstractmethod
+    def calibrated(self, scaled: Tensor) -> Tensor:
+        """Return `threshold` as these scaled activations (tokens, d_model) would have it."""
+
     def choose_alone(self, scores: Tensor) -> Matches:
         """Match every pair whose score is above the threshold.
 

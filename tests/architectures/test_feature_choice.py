@@ -1,15 +1,38 @@
 """Feature Choice: every feature spends its own budget, so none is dead."""
 
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sae import FeatureChoiceSAE
+from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from lightning_sae.zipf import fit_zipf
 from tests.helpers.superposition import superposition
 
 
-def test_uniform_budgets_give_every_feature_the_same():
+@pytest.fixture(autouse=True)
+def _seed():
     torch.manual_seed(0)
-    sae = FeatureChoiceSAE(8, 24, k=3, budgets="uniform")
+
+
+def train(sae: SparseAutoencoder, steps: int, tokens: int = 512) -> None:
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    for step in range(steps):
+        loss, _ = sae.loss(superposition(tokens, 8, n_features=16, seed=step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sae.normalize_decoder()
+
+
+def from_scratch(n_features: int = 24, k: int = 3, **arguments: object) -> FeatureChoiceSAE:
+    return FeatureChoiceSAE(8, n_features, k, mutual_choice_for=0, **arguments)
+
+
+def test_uniform_budgets_give_every_feature_the_same():
+    sae = from_scratch(budgets="uniform")
     x = superposition(128, 8, n_features=16, seed=0)
     _, stats = sae.loss(x)
     assert torch.equal((sae.encode(x) > 0).sum(0), torch.full((24,), 16))  # 3 * 128 / 24
@@ -17,18 +40,19 @@ def test_uniform_budgets_give_every_feature_the_same():
 
 
 def test_zipf_budgets_fall_with_rank_and_sum_to_k_a_token():
-    sae = FeatureChoiceSAE(8, 24, k=3, budgets="zipf", max_density=0.4)
+    sae = from_scratch(max_density=0.4)
+    sae.begin_feature_choice(128)
     budgets = sae.budgets_for(128)
     assert budgets.sum().item() == pytest.approx(3 * 128)
     assert (budgets.diff() <= 0).all()
-    assert budgets.min() >= 1
-    assert budgets.max() <= 0.4 * 128 + 1e-9
+    assert budgets.min() >= 1 - 1e-5
+    assert budgets.max() <= 0.4 * 128 * (1 + 1e-6)
     assert budgets[0] > 2 * budgets[-1]
+    torch.testing.assert_close(sae.budgets_for(256), 2 * budgets)
 
 
 def test_fractions_of_a_match_are_rounded_anew_in_every_batch():
-    torch.manual_seed(0)
-    sae = FeatureChoiceSAE(8, 24, k=3, budgets="zipf")
+    sae = from_scratch()
     x = superposition(100, 8, n_features=16, seed=0)
     counts = []
     for _ in range(6):
@@ -39,37 +63,142 @@ def test_fractions_of_a_match_are_rounded_anew_in_every_batch():
     assert ((torch.stack(counts) - sae.budgets_for(100))[:, 2:].abs() < 1).all()
 
 
+def test_a_budget_below_one_is_served_in_turns():
+    sae = from_scratch(n_features=200, k=1, zipf_exponent=1.5, min_matches=0.1)
+    counts = torch.zeros(200)
+    for seed in range(100):
+        x = superposition(64, 8, n_features=16, seed=seed)
+        sae.loss(x)
+        counts += sae.match(x).per_feature()
+    budgets = sae.budgets_for(64)
+    assert 0.0999 < budgets.min() < 0.5
+    tail = budgets < 0.5
+    assert (counts[tail] > 0).all()
+    assert counts[tail].sum() == pytest.approx(100 * float(budgets[tail].sum()), rel=0.1)
+
+
 def test_every_feature_fires_in_every_batch():
-    torch.manual_seed(0)
-    sae = FeatureChoiceSAE(8, 24, k=2, budgets="zipf")
+    sae = from_scratch(k=2)
     for seed in range(5):
         x = superposition(64, 8, n_features=16, seed=seed)
         sae.loss(x)
         assert (sae.tokens_since_fired == 0).all()
 
 
+def test_the_batch_chooses_first_and_then_features_by_their_density():
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=60 * 512)
+    mutual = MutualChoiceSAE(8, 24, 3)
+    mutual.load_state_dict(dict(sae.named_parameters()), strict=False)
+    train(sae, 60)
+    train(mutual, 60)
+    assert not sae.choosing
+    torch.testing.assert_close(sae.W_dec, mutual.W_dec)  # the very same training
+    torch.testing.assert_close(sae.threshold, mutual.threshold.expand(24))
+    density = sae.density.clone()
+    sae.loss(superposition(512, 8, n_features=16, seed=60))
+    assert sae.choosing
+    order = density.argsort(descending=True, stable=True)
+    assert (sae.target_density[order].diff() <= 0).all()
+    law = fit_zipf(density, 60 * 512).density(torch.arange(1, 25))
+    targets = sae.target_density[order].double()
+    free = (targets > 1.01 / 512) & (targets < 0.499)  # of the bounds
+    assert free.sum() > 5
+    proportion = (targets / law)[free]
+    torch.testing.assert_close(proportion, proportion[:1].expand_as(proportion), rtol=1e-4, atol=0)
+    before = sae.target_density.clone()
+    train(sae, 5)
+    assert torch.equal(sae.target_density, before)  # frozen
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_the_first_phase_as_a_share_of_the_run(tmp_path: Path):
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=0.6)
+    x = torch.cat([superposition(64, 8, n_features=16, seed=seed) for seed in range(10)])
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            seen.append(bool(sae.choosing))
+
+    trainer = pl.Trainer(
+        max_steps=10,
+        callbacks=[Watch()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+    )
+    trainer.fit(sae, DataLoader(TensorDataset(x), batch_size=64))
+    assert seen == [False] * 6 + [True] * 4
+
+
+def test_a_share_of_no_run_is_refused():
+    with pytest.raises(ValueError, match=r"mutual_choice_for=0\.85 is a share of a run"):
+        FeatureChoiceSAE(8, 24, 3).loss(superposition(64, 8, n_features=16, seed=0))
+
+
+def test_densities_that_follow_no_law_are_warned_of():
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=1)
+    sae.density[:3] = 0.5
+    sae.tokens_seen.fill_(1000)
+    with pytest.warns(UserWarning, match="Budgets follow s=1.0, q=0.024: a Zipf fit needs 10"):
+        sae.begin_feature_choice(64)
+    assert sae.target_density[:3].min() > sae.target_density[3:].max()
+
+
+@pytest.mark.parametrize("architecture", [StandardSAE, TopKSAE, MutualChoiceSAE])
+def test_starts_from_a_checkpoint_of_any_architecture(architecture: type, tmp_path: Path):
+    first = architecture(8, 24, 0.1 if architecture is StandardSAE else 3)
+    train(first, 30)
+    path = tmp_path / "first.ckpt"
+    torch.save({"state_dict": first.state_dict()}, path)
+    sae = from_scratch(start_from=str(path))
+    sae.load_dictionary(str(path))
+    for name in ("W_dec", "b_dec", "input_scale", "density", "tokens_seen"):
+        assert torch.equal(getattr(sae, name), getattr(first, name)), name
+    sae.loss(superposition(512, 8, n_features=16, seed=30))
+    order = first.density.argsort(descending=True, stable=True)
+    assert (sae.target_density[order].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_checkpoint_that_is_none_is_refused(content: bytes | None, tmp_path: Path):
+    path = tmp_path / "first.ckpt"
+    if content is None:
+        torch.save({"state_dict": TopKSAE(8, 25, 3).state_dict()}, path)
+    else:
+        path.write_bytes(content)
+    sae = from_scratch()
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    with pytest.raises(ValueError, match=r"first\.ckpt is no checkpoint of an SAE with d_model=8"):
+        sae.load_dictionary(str(path))
+    for name, value in sae.state_dict().items():
+        torch.testing.assert_close(value, before[name], equal_nan=True)
+
+
 def test_thresholds_keep_each_features_share():
-    torch.manual_seed(0)
-    sae = FeatureChoiceSAE(8, 24, k=3, budgets="zipf")
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
-    for step in range(300):
-        loss, _ = sae.loss(superposition(512, 8, n_features=16, seed=step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        sae.normalize_decoder()
+    sae = from_scratch()
+    train(sae, 300)
     assert sae.threshold.shape == (24,)
     sae.eval()
-    density = (sae.encode(superposition(8192, 8, n_features=16, seed=-1)) > 0).double().mean(0)
-    assert density.sum().item() == pytest.approx(3, rel=0.15)
-    wanted = sae.budgets_for(512) / 512
-    assert torch.corrcoef(torch.stack([density.log(), wanted.log()]))[0, 1] > 0.9
+    held_out = superposition(8192, 8, n_features=16, seed=-1)
+    wanted = sae.target_density
+    tracked = (sae.encode(held_out) > 0).float().mean(0)
+    assert tracked.sum().item() == pytest.approx(3, rel=0.1)
+    sae.calibrate(held_out)
+    exact = (sae.encode(held_out) > 0).float().mean(0)
+    capable = (sae.affinities(sae.scaled(held_out)) > 0).float().mean(0) > wanted
+    assert capable.sum() >= 20
+    torch.testing.assert_close(exact[capable], wanted[capable], atol=0.5 / 8192 + 1e-6, rtol=0)
 
 
 def test_a_budget_too_small_for_the_dictionary_is_explained():
-    sae = FeatureChoiceSAE(8, 1000, k=2)
+    sae = FeatureChoiceSAE(8, 1000, 2, mutual_choice_for=1000)  # noticed in the first phase
     with pytest.raises(
-        ValueError, match="n_features=1000 features one match: batch_size=500 or more can"
+        ValueError,
+        match=r"n_features=1000 features min_matches=1\.0: batch_size=500 or min_matches=0\.256",
     ):
         sae.loss(torch.randn(128, 8))
 
@@ -79,9 +208,11 @@ def test_a_budget_too_small_for_the_dictionary_is_explained():
     [
         ({"max_density": 1.5}, r"max_density=1\.5 is out of range"),
         ({"max_density": 0.05}, r"k=2 matches need at least k / n_features = 0\.0833"),
-        ({"budgets": "Zipf"}, "budgets='Zipf' is neither"),
+        ({"budgets": "Zipf"}, "budgets='Zipf' is none of uniform, zipf"),
         ({"zipf_exponent": -1.0}, r"zipf_exponent=-1\.0 must be a finite number"),
         ({"zipf_offset": float("nan")}, "zipf_offset=nan must be a finite number"),
+        ({"mutual_choice_for": -0.5}, r"mutual_choice_for=-0\.5 must be a finite number"),
+        ({"min_matches": -1.0}, r"min_matches=-1\.0 must be a finite number"),
     ],
 )
 def test_settings_out_of_range(arguments: dict, message: str):

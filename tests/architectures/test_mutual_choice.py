@@ -50,3 +50,11 @@ def test_an_uncalibrated_threshold_is_refused():
 def test_k_out_of_range(k: int):
     with pytest.raises(ValueError, match=f"k={k} is out of range: it must be 1 to n_features=24"):
         MutualChoiceSAE(8, 24, k=k)
+
+
+def test_calibration_gives_k_matches_a_token_on_these_tokens():
+    sae = MutualChoiceSAE(8, 24, k=3)
+    sae.loss(superposition(64, 8, n_features=16, seed=0))
+    held_out = superposition(3000, 8, n_features=16, seed=1)
+    sae.calibrate(held_out)
+    assert (sae.eval().encode(held_out) > 0).sum() == 3 * 3000

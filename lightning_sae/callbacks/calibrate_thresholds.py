@@ -1,0 +1,53 @@
+"""Thresholds that keep to the budget exactly, at the end of training."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.checks import require_positive
+from lightning_sae.distributed import world_size
+from lightning_sae.sae import activations_in
+
+
+class CalibrateThresholds(Callback):
+    """Calibrates the SAE's thresholds on validation tokens, right after the last training step.
+
+    The thresholds that training keeps are close, but noisy for rare features. The last checkpoint
+    and validation have the calibrated ones. It needs a set number of steps and validation data;
+    without them, and for architectures that have no threshold, it does nothing.
+
+    Args:
+        tokens: Tokens to calibrate on, over all devices, in whole batches, or all if there are
+            fewer. Held in memory.
+
+    Raises:
+        ValueError: If `tokens` is not positive.
+    """
+
+    def __init__(self, tokens: int = 131_072) -> None:
+        require_positive(tokens=tokens)
+        self.tokens = tokens
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Calibrate after the last step, and before ModelCheckpoint, which Lightning puts last."""
+        if not isinstance(pl_module, ThresholdSAE) or trainer.global_step != trainer.max_steps:
+            return
+        loaders: Any = trainer.val_dataloaders or ()
+        x: list[Tensor] = []
+        for held_out in loaders[0] if isinstance(loaders, list) else loaders:
+            x.append(activations_in(held_out).to(pl_module.device))
+            if sum(map(len, x)) * world_size() >= self.tokens:
+                break
+        if x:
+            pl_module.calibrate(torch.cat(x))
