@@ -1,4 +1,4 @@
-"""Reads or replaces one layer's residual stream of any Hugging Face causal language model."""
+"""Reads or replaces one layer's residual stream of any Hugging Face transformer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class _LayerReached(Exception):  # noqa: N818  (a signal that ends a forward pas
 
 
 class ResidualStream:
-    """The residual stream after one block of a causal language model.
+    """The residual stream after one block of a causal language model or a vision transformer.
 
     The stream is read where it leaves the block, after the block's attention and MLP were added
     and, for the last block too, before the model's final norm. The blocks are found as the only
     outermost `nn.ModuleList` of `num_hidden_layers` modules.
 
     Args:
-        model: Any Hugging Face causal language model. Its weights, dtype and device stay as they
-            are.
+        model: Any Hugging Face causal language model, or a vision transformer. Its weights, dtype
+            and device stay as they are.
         layer: Index of the block, from 0.
 
     Raises:
@@ -47,7 +47,7 @@ class ResidualStream:
 
     @property
     def device(self) -> torch.device:
-        """Device of the language model."""
+        """Device of the model."""
         return self.model.device
 
     @torch.no_grad()
@@ -55,11 +55,12 @@ class ResidualStream:
         """Runs the model up to the layer and no further.
 
         Args:
-            input_ids: Token ids, (contexts, length).
-            attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding.
+            input_ids: Token ids, (contexts, length), or pixels, (images, 3, height, width).
+            attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding. Of
+                no meaning for images.
 
         Returns:
-            The residual stream in the model's dtype, (contexts, length, d_model).
+            The residual stream in the model's dtype, (contexts or images, length, d_model).
         """
 
         def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -83,14 +84,18 @@ class ResidualStream:
         Gradients flow through the edit and the later blocks unless the caller disables them.
 
         Args:
-            input_ids: Token ids, (contexts, length).
-            edit: Maps x, (contexts, length, d_model), to what replaces it, of the same shape. It
-                gets float32 (float64 from a float64 model); the result is cast to the model's
-                dtype. With `lambda x: x` the model's own logits come out, bit for bit.
-            attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding.
+            input_ids: Token ids, (contexts, length), or pixels, (images, 3, height, width).
+            edit: Maps x, (contexts or images, length, d_model), to what replaces it, of the same
+                shape. It gets float32 (float64 from a float64 model); the result is cast to the
+                model's dtype. With `lambda x: x` the model's own logits come out, bit for bit.
+            attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding. Of
+                no meaning for images.
 
         Returns:
-            Logits, (contexts, length, vocabulary).
+            Logits, (contexts, length, vocabulary), or (images, classes) of a model that classifies.
+
+        Raises:
+            ValueError: The model gives no logits.
         """
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -98,19 +103,22 @@ class ResidualStream:
             edited = edit(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-        logits: Tensor = self._forward(splice, input_ids, attention_mask).logits
+        output = self._forward(splice, input_ids, attention_mask)
+        if not hasattr(output, "logits"):
+            raise ValueError(f"model: {type(self.model).__name__} gives no logits")
+        logits: Tensor = output.logits
         return logits
 
     def _forward(
         self, hook: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
     ) -> Any:
+        reads_text = self.model.main_input_name == "input_ids"
+        options = {"attention_mask": attention_mask, "use_cache": False} if reads_text else {}
         handle = self._block.register_forward_hook(hook)
         try:
             # The model's dtype says how it computes, whatever autocast the caller is in.
             with torch.autocast(self.device.type, enabled=False):
-                return self.model(
-                    input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
-                )
+                return self.model(input_ids, return_dict=True, **options)
         finally:
             handle.remove()
 

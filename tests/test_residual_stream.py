@@ -8,6 +8,9 @@ from transformers import (
     LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
 from lightning_sae.residual_stream import ResidualStream
@@ -223,3 +226,33 @@ def test_no_blocks_and_ambiguous_blocks():
     config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     with pytest.raises(ValueError, match=r"found \['encoder.block', 'decoder.block'\]$"):
         ResidualStream(T5ForConditionalGeneration(config), 0)
+
+
+VIT = ViTConfig(
+    hidden_size=16,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    intermediate_size=24,
+    image_size=12,
+    patch_size=4,
+)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_vision_transformer(layer):
+    torch.manual_seed(0)
+    model = ViTForImageClassification(VIT).eval()
+    pixels = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        clean = model(pixels, output_hidden_states=True)
+    stream = ResidualStream(model, layer)
+    assert stream.d_model == 16
+    assert torch.equal(stream.read(pixels), clean.hidden_states[layer + 1])
+    assert torch.equal(stream.replace(pixels, lambda x: x), clean.logits)
+    assert not torch.allclose(stream.replace(pixels, torch.zeros_like), clean.logits)
+
+
+def test_a_model_without_logits():
+    stream = ResidualStream(ViTModel(VIT).eval(), 1)
+    with pytest.raises(ValueError, match=r"^model: ViTModel gives no logits$"):
+        stream.replace(torch.zeros(1, 3, 12, 12), lambda x: x)

@@ -22,12 +22,13 @@ __all__ = ["ActivationCache", "model_fingerprint"]
 class ActivationCache:
     """A reader of activations that remembers on disk what it has read.
 
-    One file per call, named by the token ids it answers for: text, seed, lengths and batch sizes
+    One file per call, named by the inputs it answers for: data, seed, lengths and batch sizes
     need no further check, and ranks need not agree on anything. A file appears under its name
     only when complete. Disk needed: tokens x d_model x bytes of the dtype, for each epoch anew.
 
     Args:
-        read: Token ids (contexts, length) to activations (contexts, length, d_model).
+        read: Token ids (contexts, length), or images (images, 3, height, width), to activations
+            (inputs, length, d_model).
         folder: Where the files are; whatever else decides the values belongs in its name.
         device: Where to put activations that come from the disk.
     """
@@ -36,18 +37,18 @@ class ActivationCache:
     folder: Path
     device: torch.device
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        """Returns the activations of these contexts, (contexts, length, d_model).
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Returns the activations of these inputs, (inputs, length, d_model).
 
         Raises:
             ValueError: Their file is damaged.
         """
-        ids = input_ids.cpu().contiguous()
-        digest = hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.numpy().tobytes())
+        key = inputs.cpu().contiguous()
+        digest = hashlib.sha256(repr(tuple(key.shape)).encode() + key.numpy().tobytes())
         file = self.folder / f"{digest.hexdigest()}.safetensors"
         if file.exists():
             return self._load(file)
-        activations = self.read(input_ids)
+        activations = self.read(inputs)
         self._save(activations, file)
         return activations
 

@@ -1,4 +1,4 @@
-"""Contexts in order: endless blocks to train on, and the first few to hold out."""
+"""Inputs in order: endless blocks to train on, and the first few to hold out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_sae.data.modality import TEXT, Modality
 from lightning_sae.data.packer import Packer
 
 if TYPE_CHECKING:
@@ -22,31 +23,63 @@ if TYPE_CHECKING:
 __all__ = [
     "Contexts",
     "ShuffledContexts",
+    "ShuffledRows",
     "StreamedContexts",
     "held_out_contexts",
+    "held_out_parts",
     "train_contexts",
 ]
 
 
 class Contexts(Protocol):
-    """An endless sequence of contexts, epoch after epoch."""
+    """An endless sequence of inputs, epoch after epoch."""
 
     def blocks(self, size: int, minimum: int, first: int) -> Iterator[Tensor]:
         """Yields block `first` and all that follow, without end.
 
-        Block b is the contexts [b * size, (b + 1) * size) of the sequence.
+        Block b is the inputs [b * size, (b + 1) * size) of the sequence.
 
         Args:
-            size: Contexts of a block.
-            minimum: Contexts that an epoch should have.
+            size: Inputs of a block.
+            minimum: Inputs that an epoch should have.
             first: The block to start at.
 
         Yields:
-            Token ids, (size, context_length).
+            Token ids, (size, context_length), or numbers of images, (size).
 
         Raises:
-            ValueError: An epoch has fewer contexts than `minimum`.
+            ValueError: An epoch has fewer inputs than `minimum`.
         """
+
+
+@dataclass(frozen=True)
+class ShuffledRows:
+    """The numbers of a data set's rows, each epoch in an order drawn from (seed, epoch).
+
+    Args:
+        total: Rows of the data set.
+        seed: Seed of the order.
+        name: What the data set is called, for error messages.
+        modality: What it holds.
+    """
+
+    total: int
+    seed: int
+    name: str
+    modality: Modality
+
+    def blocks(self, size: int, minimum: int, first: int) -> Iterator[Tensor]:
+        """Yields the blocks; see `Contexts.blocks`."""
+        _check_enough(self.total, minimum, self.name, self.modality)
+
+        @functools.lru_cache(maxsize=2)  # a block may straddle two epochs
+        def order(epoch: int) -> NDArray[np.int64]:
+            return np.random.default_rng((self.seed, 0, epoch)).permutation(self.total)
+
+        for block in itertools.count(first):
+            epochs, places = np.divmod(np.arange(block * size, (block + 1) * size), self.total)
+            rows = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+            yield torch.from_numpy(np.concatenate(rows))
 
 
 @dataclass(frozen=True)
@@ -65,17 +98,9 @@ class ShuffledContexts:
 
     def blocks(self, size: int, minimum: int, first: int) -> Iterator[Tensor]:
         """Yields the blocks; see `Contexts.blocks`."""
-        total = len(self.packed)
-        _check_enough(total, minimum, self.text)
-
-        @functools.lru_cache(maxsize=2)  # a block may straddle two epochs
-        def order(epoch: int) -> NDArray[np.int64]:
-            return np.random.default_rng((self.seed, 0, epoch)).permutation(total)
-
-        for block in itertools.count(first):
-            epochs, places = np.divmod(np.arange(block * size, (block + 1) * size), total)
-            rows = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
-            yield torch.from_numpy(self.packed[np.concatenate(rows)]["input_ids"]).long()
+        rows = ShuffledRows(len(self.packed), self.seed, self.text, TEXT)
+        for numbers in rows.blocks(size, minimum, first):
+            yield torch.from_numpy(self.packed[numbers.numpy()]["input_ids"]).long()
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,7 @@ class StreamedContexts:
             for context in self.packer.pack_lazily(self.documents, self.column):
                 total += 1
                 yield context
-            _check_enough(total, minimum, self.text)
+            _check_enough(total, minimum, self.text, TEXT)
 
 
 def train_contexts(
@@ -151,17 +176,37 @@ def held_out_contexts(
     """
     first = list(itertools.islice(packer.pack_lazily(documents, column), validation + test))
     contexts = torch.from_numpy(np.array(first, dtype=np.int64).reshape(-1, packer.context_length))
-    parts = {"validation": contexts[:validation], "test": contexts[validation:]}
-    if len(contexts) < validation + test:
+    return held_out_parts(contexts, TEXT, text, validation=validation, test=test)
+
+
+def held_out_parts(
+    inputs: Tensor, modality: Modality, name: str, *, validation: int, test: int
+) -> dict[str, Tensor]:
+    """Shares out held-out inputs, and says so if they are too few.
+
+    Args:
+        inputs: As many as are needed, or all there are, (inputs, ...).
+        modality: What they are.
+        name: What their data set is called, for the message.
+        validation: Inputs to validate on: the first ones.
+        test: Inputs to test on: those that follow.
+
+    Returns:
+        The inputs of "validation" and "test".
+    """
+    parts = {"validation": inputs[:validation], "test": inputs[validation : validation + test]}
+    if len(inputs) < validation + test:
         rank_zero_info(
-            f"text={text!r} has {len(contexts)} held-out contexts: {len(parts['validation'])} of "
-            f"{validation} to validate on, {len(parts['test'])} of {test} to test on"
+            f"{modality.argument}={name!r} has {len(inputs)} held-out {modality.inputs}: "
+            f"{len(parts['validation'])} of {validation} to validate on, "
+            f"{len(parts['test'])} of {test} to test on"
         )
     return parts
 
 
-def _check_enough(total: int, minimum: int, text: str) -> None:
+def _check_enough(total: int, minimum: int, name: str, modality: Modality) -> None:
     if total < minimum:
         raise ValueError(
-            f"text={text!r} gives only {total} contexts to train on; one batch needs {minimum}"
+            f"{modality.argument}={name!r} gives only {total} {modality.inputs} to train on; "
+            f"one batch needs {minimum}"
         )

@@ -1,36 +1,29 @@
-"""The Lightning data module: text in, batches of a language model's activations out."""
+"""The data module for text: batches of a language model's activations."""
 
 from __future__ import annotations
 
 import inspect
-import math
-from functools import cached_property, partial
-from typing import Any, Final
+from functools import cached_property
+from typing import Any, ClassVar, Final
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_sae.data.base import FrozenModelDataModule
 from lightning_sae.data.contexts import Contexts, held_out_contexts, train_contexts
-from lightning_sae.data.language_model import Dtype, LanguageModel
+from lightning_sae.data.frozen_model import Dtype
+from lightning_sae.data.language_model import LanguageModel
+from lightning_sae.data.modality import TEXT, Modality
 from lightning_sae.data.packer import Packer
-from lightning_sae.data.stream import ActivationStream, Cursor, HeldOutBatches
+from lightning_sae.data.stream import Read
 from lightning_sae.data.text import load_documents
-from lightning_sae.distributed import world_size
-from lightning_sae.residual_stream import ResidualStream
 
 __all__ = ["ActivationDataModule"]
 
-TEXT: Final = tuple(inspect.signature(load_documents).parameters)
+SOURCE: Final = tuple(inspect.signature(load_documents).parameters)
 """The arguments that `load_documents` takes from the data module."""
 
-PLACE: Final = (*TEXT, "model_name", "context_length", "batch_size", "batches_per_block")
-"""The arguments that decide which text a place in the stream stands for."""
 
-
-class ActivationDataModule(pl.LightningDataModule):
+class ActivationDataModule(FrozenModelDataModule):
     """Activations of one layer of a language model: endless, shuffled, resumable.
 
     Training batches are tensors (tokens, d_model), float32: `batch_size` tokens over all devices.
@@ -76,6 +69,12 @@ class ActivationDataModule(pl.LightningDataModule):
             noticed when first needed.
     """
 
+    modality: ClassVar[Modality] = TEXT
+    place: ClassVar[tuple[str, ...]] = (
+        *SOURCE,
+        *("model_name", "context_length", "batch_size", "batches_per_block"),
+    )
+
     def __init__(
         self,
         model_name: str = "quickstart",
@@ -99,104 +98,33 @@ class ActivationDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self._check_arguments()
-        self.context_length = context_length
-        self.batch_size = batch_size  # the name that Lightning's batch size finder looks for
-        self.batches_per_block = batches_per_block
-        self.lm_batch_size = lm_batch_size
-        self.cache_dir = cache_dir
-        self.seed = seed
-        self._cursor: Cursor = (0, 0)
-        self._model = LanguageModel(model_name, layer, revision=model_revision, dtype=lm_dtype)
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream, known without loading any weights.
-
-        Raises:
-            ValueError: There is no such model, or it has no such layer.
-        """
-        return int(self._model.config.get_text_config().hidden_size)
-
-    @property
-    def residual_stream(self) -> ResidualStream:
-        """The layer of the frozen language model, on the trainer's device; loaded at first use."""
-        return self._model.residual_stream(self._device)
-
-    def prepare_data(self) -> None:
-        """Tokenizes the text to train on, once per machine; its other processes find it on disk."""
-        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
-            _ = self._train_contexts
-
-    def train_dataloader(self) -> ActivationStream:
-        """The endless stream of `TrainBatch` dictionaries, from where training was left.
-
-        Raises:
-            ValueError: The devices cannot share a batch equally.
-        """
-        ranks = world_size()
-        if self.batch_size % ranks:
-            raise ValueError(f"batch_size={self.batch_size} cannot be shared by {ranks} devices")
-        tokens = self.context_length - 1  # of a context, to train on
-        # A quarter of a batch makes up for special tokens; the rest of it is dropped.
-        size = math.ceil((self.batches_per_block + 0.25) * self.batch_size / tokens)
-        minimum = math.ceil(self.batch_size / tokens)
-        return ActivationStream(
-            blocks=partial(self._train_contexts.blocks, size, minimum),
-            kept=self._packer.kept,
-            read=self._model.reader(self._device, self.cache_dir),
-            batch_size=self.batch_size,
-            lm_batch_size=self.lm_batch_size,
-            seed=self.seed,
-            source=str(self._model),
-            start=self._start,
+        super().__init__(
+            LanguageModel(model_name, layer, revision=model_revision, dtype=lm_dtype),
+            batch_size=batch_size,
+            batches_per_block=batches_per_block,
+            lm_batch_size=lm_batch_size,
+            cache_dir=cache_dir,
+            seed=seed,
         )
+        self.save_hyperparameters()
+        least = {"layer": 0, "held_out_documents": 1, "context_length": 2, "batch_size": 1}
+        least |= {"batches_per_block": 1, "lm_batch_size": 1, "seed": 0}
+        least |= {"validation_tokens": context_length, "test_tokens": context_length}
+        self._check_at_least(least)
+        self.context_length = context_length
+        self._model: LanguageModel
 
-    def val_dataloader(self) -> HeldOutBatches:
-        """`HeldOutBatch` dictionaries of the first `validation_tokens` of the held-out text."""
-        return self._held_out_batches("validation")
+    def _tokens_per_input(self) -> int:
+        return self.context_length - 1
 
-    def test_dataloader(self) -> HeldOutBatches:
-        """`HeldOutBatch` dictionaries of the next `test_tokens` of the held-out text."""
-        return self._held_out_batches("test")
+    def _kept(self, inputs: Tensor) -> Tensor:
+        return self._packer.kept(inputs)
 
-    def predict_dataloader(self) -> HeldOutBatches:
-        """The batches of `test_dataloader`."""
-        return self.test_dataloader()
+    def _train_inputs(self) -> tuple[Contexts, Read]:
+        return self._train_contexts, self._model.reader(self._device, self.cache_dir)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Takes the cursor off a training batch; Lightning calls this when it consumes a batch.
-
-        It fetches batches ahead, so the last one fetched would be too far.
-        """
-        if not (isinstance(batch, dict) and "cursor" in batch):
-            return batch
-        self._cursor = batch["cursor"]
-        return batch["activations"]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place right after the batch consumed last, and the arguments that give it meaning."""
-        return {"cursor": self._cursor, "place": {name: self.hparams[name] for name in PLACE}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues right after the batch that was consumed last when the state was saved."""
-        block, batch = self._cursor = state_dict["cursor"]
-        for name, before in state_dict["place"].items():
-            if self.hparams[name] != before:
-                rank_zero_warn(
-                    f"{name}={self.hparams[name]!r} was {before!r} in the checkpoint: training "
-                    f"continues at batch {batch} of block {block}, which is other text now"
-                )
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-
-    def _start(self) -> Cursor:
-        # `Trainer(overfit_batches=n)` wants the same n batches in each epoch.
-        return (0, 0) if getattr(self.trainer, "overfit_batches", 0) else self._cursor
+    def _held_out_inputs(self, stage: str) -> tuple[Tensor, Read]:
+        return self._held_out_contexts[stage], self._model.reader(self._device, self.cache_dir)
 
     @cached_property
     def _packer(self) -> Packer:
@@ -205,7 +133,7 @@ class ActivationDataModule(pl.LightningDataModule):
     @cached_property
     def _documents(self) -> tuple[Any, Any]:
         """Documents to train on and held-out documents."""
-        return load_documents(**{name: self.hparams[name] for name in TEXT})
+        return load_documents(**{name: self.hparams[name] for name in SOURCE})
 
     @cached_property
     def _train_contexts(self) -> Contexts:
@@ -223,26 +151,3 @@ class ActivationDataModule(pl.LightningDataModule):
             validation=self.hparams["validation_tokens"] // self.context_length,
             test=self.hparams["test_tokens"] // self.context_length,
         )
-
-    def _held_out_batches(self, stage: str) -> HeldOutBatches:
-        contexts, ranks = self._held_out_contexts[stage], world_size()
-        if len(contexts) < ranks:
-            raise ValueError(
-                f"{stage}_tokens={self.hparams[f'{stage}_tokens']}: text={self.hparams['text']!r} "
-                f"has {len(contexts)} held-out contexts for it, {ranks} devices need one each"
-            )
-        return HeldOutBatches(
-            contexts=contexts,
-            kept=self._packer.kept,
-            read=self._model.reader(self._device, self.cache_dir),
-            lm_batch_size=self.lm_batch_size,
-            source=str(self._model),
-        )
-
-    def _check_arguments(self) -> None:
-        least = {"layer": 0, "held_out_documents": 1, "context_length": 2, "batch_size": 1}
-        least |= {"batches_per_block": 1, "lm_batch_size": 1, "seed": 0}
-        least |= dict.fromkeys(("validation_tokens", "test_tokens"), self.hparams["context_length"])
-        for name, value in least.items():
-            if self.hparams[name] < value:
-                raise ValueError(f"{name}={self.hparams[name]} should be at least {value}")

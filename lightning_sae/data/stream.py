@@ -1,4 +1,4 @@
-"""Contexts to activations: the endless training stream and the fixed held-out batches."""
+"""Inputs to activations: the endless training stream and the fixed held-out batches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_sae.data.modality import TEXT, Modality
 from lightning_sae.distributed import world_size
 
 __all__ = ["ActivationStream", "HeldOutBatch", "HeldOutBatches", "TrainBatch"]
 
 Read = Callable[[Tensor], Tensor]
-"""Token ids (contexts, length) to activations (contexts, length, d_model)."""
+"""Inputs to activations (inputs, length, d_model).
+
+Inputs are token ids, (contexts, length), or the numbers of images in their data set, (images).
+"""
 
 Cursor = tuple[int, int]
 """A place in the stream: a block, and a batch of it."""
@@ -35,31 +39,33 @@ class TrainBatch(TypedDict):
 
 
 class HeldOutBatch(TypedDict):
-    """Whole contexts: `input_ids` and the mask `kept`, both (contexts, length).
+    """Whole inputs: `activations`, (tokens, d_model) float32, of the kept positions, in order.
 
-    `activations`, (tokens, d_model) float32, are those of the kept positions, in order.
+    `kept` is the mask of these positions, (inputs, length). Which inputs they are is told by
+    `input_ids`, (contexts, length), or by `image_numbers` in their data set, (images).
     """
 
     activations: Tensor
-    input_ids: Tensor
     kept: Tensor
+    input_ids: NotRequired[Tensor]
+    image_numbers: NotRequired[Tensor]
 
 
 @dataclass(frozen=True)
 class ActivationStream:
     """Endless shuffled activations: each batch is a function of the seed and its cursor alone.
 
-    A block of contexts is read, its kept tokens are shuffled by (seed, block), and cut into
+    A block of inputs is read, its kept tokens are shuffled by (seed, block), and cut into
     batches; what is left below one batch is dropped. Ranks share the reading and then the
     batches, so the tokens of a batch over all ranks, and their order, do not depend on the
     number of ranks.
 
     Args:
-        blocks: Returns the blocks of token ids, (contexts, length), from the given one on.
-        kept: Token ids to the mask of positions to train on, both (contexts, length).
+        blocks: Returns the blocks of inputs from the given one on.
+        kept: Inputs to the mask of positions to train on, (inputs, length).
         read: Reads activations on this rank.
         batch_size: Tokens of a batch over all ranks; the number of ranks divides it.
-        lm_batch_size: Contexts to read at once.
+        lm_batch_size: Inputs to read at once.
         seed: Seed of the shuffle.
         source: What is read, for error messages.
         start: Returns the cursor to start at; asked at each `iter()`.
@@ -82,12 +88,12 @@ class ActivationStream:
         """
         share = self.batch_size // world_size()
         start, first = self.start()
-        for block, input_ids in enumerate(self.blocks(start), start=start):
-            kept = self.kept(input_ids)
+        for block, inputs in enumerate(self.blocks(start), start=start):
+            kept = self.kept(inputs)
             order = self._order(block, kept)  # (tokens)
-            activations = _read_together(self.read, input_ids, self.lm_batch_size)
+            activations = _read_together(self.read, inputs, self.lm_batch_size)
             _check_finite(activations, kept, f"{self.source}, block {block}")
-            activations = activations.flatten(0, 1)  # (contexts * length, d_model)
+            activations = activations.flatten(0, 1)  # (inputs * length, d_model)
             order = order.to(activations.device)
             batches = len(order) // self.batch_size
             for batch in range(first, batches):
@@ -112,14 +118,15 @@ class ActivationStream:
 
 @dataclass(frozen=True)
 class HeldOutBatches:
-    """Held-out contexts in a fixed order, every rank the same number of batches.
+    """Held-out inputs in a fixed order, every rank the same number of batches.
 
     Args:
-        contexts: Token ids, (contexts, length); at least one context per rank.
-        kept: Token ids to the mask of positions to measure on, both (contexts, length).
+        contexts: Inputs; at least one per rank.
+        kept: Inputs to the mask of positions to measure on, (inputs, length).
         read: Reads activations on this rank.
-        lm_batch_size: Contexts of a batch, or one or a few less.
+        lm_batch_size: Inputs of a batch, or one or a few less.
         source: What is read, for error messages.
+        modality: What the inputs are.
     """
 
     contexts: Tensor
@@ -127,6 +134,7 @@ class HeldOutBatches:
     read: Read
     lm_batch_size: int
     source: str
+    modality: Modality = TEXT
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -141,22 +149,23 @@ class HeldOutBatches:
         """
         # Equal numbers of batches, no batch empty: collectives hang when a rank has one less.
         batches = self.contexts.tensor_split(len(self) * world_size())
-        for input_ids in batches[_rank() :: world_size()]:
-            activations, kept = self.read(input_ids), self.kept(input_ids)
-            _check_finite(activations, kept, f"{self.source}, held-out text")
-            yield {
+        for inputs in batches[_rank() :: world_size()]:
+            activations, kept = self.read(inputs), self.kept(inputs)
+            _check_finite(activations, kept, f"{self.source}, held-out {self.modality.argument}")
+            batch = {
                 "activations": activations[kept.to(activations.device)].float(),
-                "input_ids": input_ids,
+                self.modality.key: inputs,
                 "kept": kept,
             }
+            yield cast(HeldOutBatch, batch)  # a type checker cannot know the modality's key
 
 
 def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
     """Raises ValueError if an activation at a kept position is NaN or infinite.
 
     Args:
-        activations: (contexts, length, d_model).
-        kept: Mask of the positions that count, (contexts, length).
+        activations: (inputs, length, d_model).
+        kept: Mask of the positions that count, (inputs, length).
         where: What was read, for the error message.
     """
     finite = activations.sum(-1, dtype=torch.float32).isfinite()  # NaN and Inf survive the sum
@@ -164,21 +173,21 @@ def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
         raise ValueError(f"{where}: the activations have NaN or Inf")
 
 
-def _read_together(read: Read, input_ids: Tensor, lm_batch_size: int) -> Tensor:
+def _read_together(read: Read, inputs: Tensor, lm_batch_size: int) -> Tensor:
     """Reads a block's LM batches, each rank an equal share, and gathers them on every rank.
 
     The LM batches are the same for any number of ranks, and so the activations, bit for bit.
 
     Args:
         read: Reads activations on this rank.
-        input_ids: Token ids of the block, the same on every rank, (contexts, length).
-        lm_batch_size: Contexts to read at once.
+        inputs: Inputs of the block, the same on every rank.
+        lm_batch_size: Inputs to read at once.
 
     Returns:
-        The block's activations, (contexts, length, d_model).
+        The block's activations, (inputs, length, d_model).
     """
     rank, ranks = _rank(), world_size()
-    parts = input_ids.split(lm_batch_size)
+    parts = inputs.split(lm_batch_size)
     share = math.ceil(len(parts) / ranks)
     # A rank beyond the last part reads that one again: the collective needs equal shapes.
     places = range(rank * share, (rank + 1) * share)
@@ -191,7 +200,7 @@ def _read_together(read: Read, input_ids: Tensor, lm_batch_size: int) -> Tensor:
         gathered = mine.new_empty(ranks * len(mine), *mine.shape[1:])
         dist.all_gather(list(gathered.chunk(ranks)), mine)
         mine = gathered
-    return mine[: len(input_ids)]
+    return mine[: len(inputs)]
 
 
 def _rank() -> int:

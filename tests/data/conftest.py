@@ -1,10 +1,17 @@
-"""A tiny random language model, its tokenizer and documents, all on disk."""
+"""Tiny random models, documents and images, all on disk."""
 
 import datasets
 import pytest
 
-from lightning_sae.data import ActivationDataModule
-from tests.data.tiny import arguments, save_model, save_text
+from lightning_sae.data import ActivationDataModule, ImageActivationDataModule
+from tests.data.tiny import (
+    arguments,
+    image_arguments,
+    save_images,
+    save_model,
+    save_text,
+    save_vision_model,
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,5 +37,24 @@ def text_file(tmp_path_factory):
 def make(model_folder, text_file):
     def make_datamodule(**changed):
         return ActivationDataModule(**{**arguments(model_folder, text_file), **changed})
+
+    return make_datamodule
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory):
+    return save_vision_model(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    return save_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def make_images(vision_folder, image_folder):
+    def make_datamodule(**changed):
+        arguments = image_arguments(vision_folder, image_folder)
+        return ImageActivationDataModule(**{**arguments, **changed})
 
     return make_datamodule

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sae.data import ActivationStream, HeldOutBatches
+from lightning_sae.data.modality import IMAGES
 from tests.helpers.ddp import WORLD_SIZE, run_on_two
 
 LENGTH = 5
@@ -175,6 +176,32 @@ def test_held_out_batches_are_the_contexts_in_order(contexts, lm_batch_size):
         assert batch["activations"].dtype == torch.float32
         expected = read(batch["input_ids"])[batch["kept"]].float()
         assert torch.equal(batch["activations"], expected)
+
+
+def test_inputs_may_be_numbers_of_images():
+    numbers = torch.arange(7)
+
+    def read_images(numbers):
+        return torch.stack([numbers, -numbers], -1)[:, None].expand(-1, 3, -1).half()
+
+    def kept_patches(numbers):
+        return torch.ones(len(numbers), 3).bool()
+
+    def number_blocks(first):
+        return (numbers + 7 * block for block in itertools.count(first))
+
+    batches = take(7, blocks=number_blocks, kept=kept_patches, read=read_images)
+    seen = torch.cat([batch["activations"] for batch in batches])[:, 0].int().bincount()
+    assert seen[:7].sum() == seen[7:14].sum() == 18  # three batches of each block
+    assert seen.max() == 3
+    held_out = list(HeldOutBatches(numbers, kept_patches, read_images, 2, "", modality=IMAGES))
+    assert torch.equal(torch.cat([batch["image_numbers"] for batch in held_out]), numbers)
+    assert "input_ids" not in held_out[0]
+    nan = HeldOutBatches(
+        numbers, kept_patches, lambda n: read_images(n) / 0, 2, "", modality=IMAGES
+    )
+    with pytest.raises(ValueError, match=r", held-out images: the activations have NaN or Inf$"):
+        list(nan)
 
 
 def batches_of_rank(rank, cases):

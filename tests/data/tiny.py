@@ -1,4 +1,4 @@
-"""What the tests read instead of a real language model and real text."""
+"""What the tests read instead of real models, real text and real images."""
 
 import itertools
 import json
@@ -6,14 +6,23 @@ import json
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 D_MODEL = 8
 LENGTH = 16
 STEPS = 11  # of training: three blocks, the last one cut short
 END = "<|end|>"
 LAYERS = 3
+PATCHES = 9  # of an image
 POSITIONS = 64
 WORDS = [f"{a}{b}" for a, b in itertools.product(("ka", "to", "mi", "ru", "se"), repeat=2)]
 
@@ -112,3 +121,47 @@ def trainer(folder, max_steps=STEPS, **changed):
 
 def same(left, right):
     return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def save_vision_model(folder):
+    """A ViT in miniature, saved with the head of a classifier, as most are."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    model = ViTForImageClassification(
+        ViTConfig(**sizes, intermediate_size=16, image_size=12, patch_size=4)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder)
+    return folder
+
+
+def pictures(count, seed=0):
+    """Images of several sizes, no two the same."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(8, 20, (count, 2))
+    return [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+def save_images(folder, count=60, seed=0):
+    """A folder of a folder for each of two classes."""
+    for i, picture in enumerate(pictures(count, seed)):
+        file = folder / f"class{2 * i // count}" / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+    return folder
+
+
+def image_arguments(vision_folder, image_folder):
+    return {
+        "model_name": str(vision_folder),
+        "layer": 1,
+        "images": str(image_folder),
+        "held_out_images": 20,
+        "batch_size": 30,
+        "batches_per_block": 4,
+        "model_batch_size": 3,
+        "validation_tokens": 10 * PATCHES,
+        "test_tokens": 7 * PATCHES + 1,
+    }

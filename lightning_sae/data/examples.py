@@ -1,0 +1,139 @@
+"""Data sets from the Hugging Face hub or local files: what to train on and what to hold out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from datasets import Dataset, IterableDataset
+
+    from lightning_sae.data.modality import Modality
+
+__all__ = ["load_examples"]
+
+
+def load_examples(
+    modality: Modality,
+    name: str,
+    *,
+    path: str,
+    config: str | None,
+    column: str,
+    train_split: str,
+    validation_split: str | None,
+    held_out: int,
+    streaming: bool,
+    seed: int,
+    options: Mapping[str, Any],
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """Opens a data set as training and held-out examples, none of them in both.
+
+    Args:
+        modality: What it holds.
+        name: What the user calls it, for error messages.
+        path: A file, a folder or a hub data set.
+        config: Configuration of the data set, where it has several.
+        column: Column that holds the examples.
+        train_split: Split to train on.
+        validation_split: Split to hold out. None: the split "validation" if there is one;
+            otherwise examples are taken out of the training split.
+        held_out: How many: random ones, or the first ones if streaming.
+        streaming: Read examples as they are needed instead of all of them first.
+        seed: Seed of that choice.
+        options: Further arguments of `datasets.load_dataset`.
+
+    Returns:
+        Training and held-out examples, each with `column` as its only column.
+
+    Raises:
+        ValueError: The data set, split or column does not exist, or holds too few examples.
+    """
+    called = f"{modality.argument}={name!r}"
+    splits = _load(modality, called, path, config, {"streaming": streaming, **options})
+    train = _split(splits, "train_split", train_split, called)
+    if validation_split is None and "validation" in splits and train_split != "validation":
+        validation_split = "validation"
+    if validation_split == train_split:
+        raise ValueError(
+            f"validation_split={validation_split!r} is the split to train on; "
+            f"leave it out to hold out some of its {modality.examples}"
+        )
+    if validation_split is not None:
+        rest = _split(splits, "validation_split", validation_split, called)
+        if not streaming:  # files come sorted by name: the first ones would be no fair sample
+            rest = rest.shuffle(seed=seed)
+    elif streaming:
+        train, rest = train.skip(held_out), train.take(held_out)
+    else:
+        examples = len(train)
+        if examples <= held_out:
+            raise ValueError(
+                f"held_out_{modality.examples}={held_out} leaves nothing to train on: "
+                f"{called} has {examples} {modality.examples}"
+            )
+        random = np.random.default_rng((seed, 2))
+        chosen = random.choice(examples, held_out, replace=False)
+        # The rest stays in order: reading it in another would be slow.
+        rest = train.select(chosen)
+        train = train.select(np.delete(np.arange(examples), chosen))
+    return _only(train, column, modality, called), _only(rest, column, modality, called)
+
+
+def _load(
+    modality: Modality, called: str, path: str, config: str | None, options: dict[str, Any]
+) -> Any:
+    from datasets import load_dataset
+    from datasets.arrow_writer import SchemaInferenceError
+    from datasets.exceptions import DatasetsError
+
+    where, files = _where(modality, called, path)
+    try:
+        return load_dataset(where, config, **files, **options)
+    except (DatasetsError, OSError, StopIteration, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, SchemaInferenceError | StopIteration):  # what an empty file raises
+            raise _nothing(modality, called) from error
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        raise ValueError(f"{called} cannot be read: {reason}") from error
+
+
+def _where(modality: Modality, called: str, name: str) -> tuple[str, dict[str, str]]:
+    """What to give `load_dataset` for this name: a path, and the file if it is one."""
+    builders = modality.builders
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        return str(path), {}
+    if path.is_file():
+        if path.suffix not in builders:
+            raise ValueError(f"{called} should end in one of {', '.join(builders)}")
+        return builders[path.suffix], {"data_files": str(path)}
+    if path.suffix in builders or name.startswith((".", "/", "~")):
+        raise ValueError(f"{called} does not exist")
+    return name, {}
+
+
+def _split(splits: Any, key: str, name: str, called: str) -> Any:
+    if name not in splits:
+        raise ValueError(f"{key}={name!r}: {called} has the splits {', '.join(splits)}")
+    return splits[name]
+
+
+def _only(examples: Any, column: str, modality: Modality, called: str) -> Any:
+    # A streamed data set may not know its columns before its first example.
+    columns = examples.column_names or list(next(iter(examples), {}))
+    if not columns or (hasattr(examples, "__len__") and len(examples) == 0):
+        raise _nothing(modality, called)
+    if column not in columns:
+        raise ValueError(
+            f"{modality.argument}_column={column!r}: {called} has the columns {', '.join(columns)}"
+        )
+    return examples.select_columns([column])
+
+
+def _nothing(modality: Modality, called: str) -> ValueError:
+    return ValueError(f"{called} has no {modality.examples}")

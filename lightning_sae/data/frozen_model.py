@@ -1,0 +1,132 @@
+"""The frozen model that is read: its configuration and weights, each when needed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sae.data.cache import ActivationCache, model_fingerprint
+from lightning_sae.quickstart import FOLDER
+from lightning_sae.residual_stream import ResidualStream, check_layer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lightning_sae.data.stream import Read
+
+__all__ = ["Dtype", "FrozenModel"]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class FrozenModel(ABC):
+    """A frozen transformer, read at one layer.
+
+    Args:
+        name: "quickstart", a folder or a hub id.
+        layer: Block whose output is read, from 0.
+        revision: Branch, tag or commit on the hub. None: the main branch.
+        dtype: What the model computes in: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: The dtype is none of these.
+    """
+
+    dtype_argument: ClassVar[str]
+    """What the user knows the dtype as."""
+
+    def __init__(self, name: str, layer: int, *, revision: str | None, dtype: Dtype) -> None:
+        if dtype not in get_args(Dtype):
+            allowed = ", ".join(get_args(Dtype))
+            raise ValueError(f"{self.dtype_argument}={dtype!r} should be one of {allowed}")
+        self.name = name
+        self.layer = layer
+        self.dtype = dtype
+        # Not `str(Path(name))`, which would make a hub id of "./name".
+        home = Path(name).expanduser() if name.startswith("~") else name
+        self._path = str(FOLDER if name == "quickstart" else home)
+        self._revision = revision or "main"
+        self._stream: ResidualStream | None = None
+
+    def __str__(self) -> str:
+        return f"model_name={self.name!r}, layer={self.layer}, {self.dtype_argument}={self.dtype!r}"
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The configuration, read without any weights.
+
+        Raises:
+            ValueError: There is no such model, or it has no such layer.
+        """
+        config = self._config_read(self._config_saved)
+        check_layer(config, self.layer)
+        return config
+
+    def residual_stream(self, device: torch.device) -> ResidualStream:
+        """Returns the layer on this device; the first call loads the weights.
+
+        Raises:
+            ValueError: There are no weights in safetensors files.
+        """
+        # Weights made or moved in inference mode, which `Trainer.test` runs in, could not be
+        # differentiated through in a later `fit`.
+        with torch.inference_mode(mode=False):
+            if self._stream is None:
+                model = self._load().eval().requires_grad_(requires_grad=False)
+                self._stream = ResidualStream(model, self.layer)
+            if self._stream.device != device:
+                moved: nn.Module = self._stream.model
+                moved.to(device)
+        return self._stream
+
+    def reader(self, device: torch.device, cache_dir: str | None) -> Read:
+        """Returns what reads activations on this device, through a cache if there is a folder."""
+        read = partial(self._read, device=device)
+        if cache_dir is None:
+            return read
+        folder = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self._fingerprint}"
+        return ActivationCache(read, Path(cache_dir).expanduser() / folder, device)
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """Loads the model with its weights."""
+
+    @abstractmethod
+    def _read(self, inputs: Tensor, device: torch.device) -> Tensor:
+        """Reads the activations of the inputs, (inputs, length, d_model), on this device."""
+
+    def _config_read(self, saved: PretrainedConfig) -> PretrainedConfig:
+        """The part of the configuration that is of the transformer to read."""
+        return saved
+
+    @cached_property
+    def _config_saved(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        config: PretrainedConfig = self._from_pretrained(AutoConfig)
+        return config
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return model_fingerprint(self._path, self._config_saved, self._revision)
+
+    def _from_pretrained(self, auto_class: Any, **options: Any) -> Any:
+        with self._one_line_errors():
+            return auto_class.from_pretrained(self._path, revision=self._revision, **options)
+
+    @contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (ImportError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            if self._path.startswith((".", "/")) and not Path(self._path).is_dir():
+                reason = "there is no such folder"
+            raise ValueError(f"model_name={self.name!r}: {reason}") from error
