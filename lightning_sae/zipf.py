@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FEW = 20  # firings; the noise of a smaller count exceeds 22 %
+FEWEST_FIRINGS = 20
+"""Fewer are not judged by: the noise of a smaller count exceeds 22 %."""
+
+_FLATTEST, _STEEPEST = 0.1, 3.0  # exponents
+_CLIFF = (
+    8.0  # slope: nearly dead features lie below one; a roll-off of underused ones is less steep
+)
 _HEAD, _TAIL = 0.004, 0.81  # shares of the live ranks: the paper's ranks 100 and 20,000 of 24,576
 
 
@@ -49,11 +55,18 @@ def fit_zipf(density: Tensor, tokens: int) -> ZipfMandelbrot:
     """Fit a Zipf-Mandelbrot law to measured feature densities.
 
     Least squares of log counts over 60 log-spaced bins of ranks; over single ranks the rarest would
-    decide. Left out are the rarest 19 % of the live features, where the law breaks down, and what
-    fired fewer than 20 times. Sorting noisy counts raises them by 1 / (2s), which is taken off.
+    decide. Sorting noisy counts raises them by 1 / (2s), which is taken off. Left out are the
+    rarest 19 % of the live features, where the law breaks down, what fired fewer than 20 times, and
+    what lies beyond a cliff, where density falls faster than rank^-8: if most features are nearly
+    dead, the fit is of the others.
+
+    On counts drawn from a law, the exponent is recovered to 1 % from 100,000 tokens on; the offset
+    to 5 % from 100,000, to 2 % from a million and to 1 % from 10 million tokens on (512 to 24,576
+    features, s from 0.6 to 1.5, q from 1 to 50).
 
     Args:
-        density: Share of tokens on which each feature fires, `(features,)`, in any order.
+        density: Share of tokens on which each feature fires, `(features,)`, in any order. Those of
+            any SAE will do, and so will running averages over about as many tokens.
         tokens: Tokens over which it was measured.
 
     Raises:
@@ -71,14 +84,17 @@ def fit_zipf(density: Tensor, tokens: int) -> ZipfMandelbrot:
     counts = _sorted_counts(density, tokens)
     live = int((counts > 0).sum())
     middle = slice(math.ceil(_HEAD * live) - 1, int(_TAIL * live))
-    fitted = min(middle.stop, int((counts >= _FEW).sum()))
+    fitted = min(middle.stop, int((counts >= FEWEST_FIRINGS).sum()))
     if fitted < 10:
         raise ZipfFitError(
-            f"a Zipf fit needs 10 features outside the tail that fired {_FEW} times, but {fitted} "
-            f"of {counts.numel()} features ({live} live) did in {tokens} tokens: measure more"
+            f"a Zipf fit needs 10 features outside the tail that fired {FEWEST_FIRINGS} times, but "
+            f"{fitted} of {counts.numel()} features ({live} live) did in {tokens} tokens: measure "
+            "on more tokens, or train until more features fire"
         )
     ranks = torch.arange(1, live + 1, dtype=torch.float64)
     x, y = _bin_means(ranks[:fitted]), _bin_means(counts[:fitted])
+    end = _bins_before_cliff(x, y)
+    x, y = x[:end], y[:end]
     exponent = 1.0
     for _ in range(3):  # what sorting adds depends on the exponent, but weakly
         log_y = (y - 0.5 / exponent).log()
@@ -96,38 +112,35 @@ def fit_zipf(density: Tensor, tokens: int) -> ZipfMandelbrot:
     )
 
 
-def dying_fraction(density: Tensor, tokens: int) -> Tensor:
-    """Return the share of features that are alive but fire far below the law the others follow.
+def zipf_deficit(density: Tensor, tokens: int) -> Tensor:
+    """Return by which share each feature falls short of the density that its rank should have.
 
-    That is, at less than half the density that `fit_zipf` gives their rank: a reconstruction, since
-    the paper's definition was not available. Not counted are the dead (density 0), and ranks where
-    the law expects fewer than 20 firings, so that a low count may be chance.
+    That is `1 - density / law(rank)` within 0 .. 1 for the law that `fit_zipf` finds: 0 on the law
+    or above it, 1 for a feature that never fires. A reconstruction: how the paper measures
+    underuse was not available.
 
     Args:
         density: Share of tokens on which each feature fires, `(features,)`, in any order.
         tokens: Tokens over which it was measured.
 
     Returns:
-        Share of all features, 0-d; NaN if too few are live for a fit (`ZipfFitError`).
+        float32, `(features,)`, on the device of `density`.
 
     Raises:
+        ZipfFitError: If too few features are live for a fit.
         ValueError: If `density` is no vector of shares or `tokens` is not positive.
 
     Example:
         >>> density = 0.5 / (torch.arange(1, 1001) + 3.0)
-        >>> density[900:950] *= 0.1
-        >>> density[950:] = 0
-        >>> dying_fraction(density, tokens=10_000_000)
-        tensor(0.0500)
+        >>> density[900] *= 0.4
+        >>> zipf_deficit(density, tokens=10_000_000)[[10, 900]].round(decimals=1)
+        tensor([0.0000, 0.6000])
     """
-    try:
-        law = fit_zipf(density, tokens)
-    except ZipfFitError:
-        return torch.tensor(math.nan, device=density.device)
-    counts = _sorted_counts(density, tokens)
-    expected = tokens * law.density(torch.arange(1, counts.numel() + 1))
-    dying = (counts > 0) & (counts < expected / 2) & (expected >= _FEW)
-    return dying.float().mean().to(density.device)
+    law = fit_zipf(density, tokens)
+    order = density.argsort(descending=True, stable=True)
+    expected = torch.empty(density.shape, dtype=torch.float64, device=density.device)
+    expected[order] = law.density(torch.arange(1, density.numel() + 1)).to(density.device)
+    return (1 - density / expected).clamp(0, 1).float()
 
 
 def zipf_budgets(
@@ -147,8 +160,10 @@ def zipf_budgets(
     Args:
         total: Matches to share out, E[k] times the tokens of a batch.
         n_features: Number of features.
-        maximum: Largest budget, in matches; at most the tokens of a batch.
-        minimum: Smallest budget, in matches; at 1 every feature fires in every batch.
+        maximum: Largest budget, in matches; at most the tokens of a batch. Where the law alone
+            would give the first features more, the others get what is left.
+        minimum: Smallest budget, in matches. At 1 every feature fires in every batch; one of 0.25
+            fires in a quarter of them, if rounded by `round_budgets`.
         exponent: Slope of the law; 0 gives every feature the same.
         offset: Rank below which the law flattens; `n_features / 1000` if not given.
 
@@ -163,12 +178,16 @@ def zipf_budgets(
         tensor([40.0000, 23.0769, 15.3846, 11.5385, 10.0000], dtype=torch.float64)
     """
     offset = n_features / 1000 if offset is None else offset
-    if n_features < 1 or not min(minimum, exponent, offset) >= 0:
-        raise ValueError(f"{n_features=} must be > 0 and {minimum=}, {exponent=}, {offset=} >= 0")
-    if not minimum <= (share := total / n_features) <= maximum < math.inf:
+    if n_features < 1 or maximum == math.inf or not min(minimum, exponent, offset) >= 0:
         raise ValueError(
-            f"{total=} must be within {n_features * minimum} .. {n_features * maximum}, or {share} "
-            f"a feature within {minimum=} .. {maximum=}"
+            f"{n_features=} must be > 0, {maximum=} finite, and {minimum=}, {exponent=}, {offset=} "
+            ">= 0"
+        )
+    if not minimum <= (share := total / n_features) <= maximum:
+        raise ValueError(
+            f"{total=} matches cannot be shared by {n_features=} within {minimum=} .. {maximum=} "
+            f"each: a total (k times the tokens of a batch) of {n_features * minimum} .. "
+            f"{n_features * maximum} can be, or any bounds with minimum <= {share} <= maximum"
         )
     law = (torch.arange(1, n_features + 1, dtype=torch.float64) + offset) ** -exponent
     low, high, scale = law.new_tensor(0.0), maximum / law[-1], total / law.sum()
@@ -235,15 +254,27 @@ def _bin_means(values: Tensor) -> Tensor:
     return (torch.bincount(bins, values) / sizes)[sizes > 0]
 
 
+def _bins_before_cliff(x: Tensor, y: Tensor) -> int:
+    """Return the number of bins that come before y falls off a cliff."""
+    head = max(10, math.ceil(0.6 * len(x)))  # a few features that always fire are not the law
+    falls = -y.log().diff() > _CLIFF * x.log().diff()
+    cliffs = falls[head:].nonzero()
+    # The last bin before a fall may hold features from below the cliff already.
+    return head + int(cliffs[0]) if len(cliffs) else len(x)
+
+
 def _least_squares(x: Tensor, log_y: Tensor, *, largest_offset: float) -> tuple[float, float]:
     """Return s and q of the best `log y = a - s * log(x + q)`: a straight line for each q."""
     log_y = log_y - log_y.mean()
-    offsets = torch.linspace(0, 1, 2000, dtype=torch.float64) ** 4 * largest_offset
-    log_x = (x + offsets.unsqueeze(1)).log()  # (offsets, bins)
-    log_x -= log_x.mean(1, keepdim=True)
-    exponents = (-(log_x @ log_y) / log_x.square().sum(1)).clamp(0.1, 3.0)
-    best = (log_y + exponents.unsqueeze(1) * log_x).square().sum(1).argmin()
-    return exponents[best].item(), offsets[best].item()
+    low, high = 0.0, largest_offset**0.25  # small offsets matter more: search their fourth roots
+    for _ in range(3):
+        roots = torch.linspace(low, high, 41, dtype=torch.float64)
+        log_x = (x + roots.unsqueeze(1) ** 4).log()  # (offsets, bins)
+        log_x -= log_x.mean(1, keepdim=True)
+        exponents = (-(log_x @ log_y) / log_x.square().sum(1)).clamp(_FLATTEST, _STEEPEST)
+        best = int((log_y + exponents.unsqueeze(1) * log_x).square().sum(1).argmin())
+        low, high = roots[max(best - 1, 0)].item(), roots[min(best + 1, 40)].item()
+    return exponents[best].item(), min(roots[best].item() ** 4, largest_offset)
 
 
 def _r2(values: Tensor, residual: Tensor) -> float:

@@ -11,7 +11,6 @@ from lightning_sae import zipf
 from lightning_sae.zipf import (
     ZipfFitError,
     ZipfMandelbrot,
-    dying_fraction,
     fit_zipf,
     round_budgets,
     zipf_budgets,
@@ -40,15 +39,27 @@ def test_doctests():
     assert doctest.testmod(zipf).failed == 0
 
 
-@pytest.mark.parametrize("exponent", [0.6, 0.8, 1.05, 1.3, 1.5])
-@pytest.mark.parametrize("offset", [0, 3, 12, 50])
-def test_fit_recovers_a_known_law(exponent, offset):
-    density = law(exponent, offset)
-    fitted = fit_zipf(measured(density), TOKENS)
-    assert fitted.exponent == pytest.approx(exponent, rel=0.005)
-    assert fitted.offset == pytest.approx(offset, rel=0.05, abs=0.1)
-    ranks = torch.tensor([1, 100, 1000])
-    torch.testing.assert_close(fitted.density(ranks), density[ranks - 1], rtol=0.02, atol=0)
+@pytest.mark.parametrize(
+    ("tokens", "error"), [(100_000, 0.05), (1_000_000, 0.02), (10_000_000, 0.01)]
+)
+@pytest.mark.parametrize("n_features", [512, 2048, N_FEATURES])
+def test_fit_recovers_known_laws(n_features, tokens, error):
+    """The exponent to 1 %; the offset to what `error` says, for want of tokens."""
+    for exponent in (0.6, 0.8, 1.05, 1.3, 1.5):
+        for offset in (1, 3, 12, 50):
+            density = law(exponent, offset, n_features)
+            fitted = fit_zipf(measured(density, tokens), tokens)
+            assert fitted.exponent == pytest.approx(exponent, rel=0.01), (exponent, offset)
+            assert fitted.offset == pytest.approx(offset, rel=error), (exponent, offset)
+            ranks = torch.tensor([1, 10, 100])
+            torch.testing.assert_close(fitted.density(ranks), density[ranks - 1], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [0.6, 1.05, 1.5])
+def test_fit_recovers_a_law_without_offset(exponent):
+    fitted = fit_zipf(measured(law(exponent, 0)), TOKENS)
+    assert fitted.exponent == pytest.approx(exponent, rel=0.01)
+    assert fitted.offset == pytest.approx(0, abs=0.05)
 
 
 def test_fit_of_few_tokens_is_not_biased_by_sorting():
@@ -125,6 +136,33 @@ def test_fit_is_sane_when_most_features_are_dead(n_features):
     assert 0.01 < fitted.density(torch.tensor(1)) < 10
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, 10 * TOKENS])
+@pytest.mark.parametrize("firings", [0, 1, 5, 20, 100, 1000])
+@pytest.mark.parametrize("n_features", [2048, N_FEATURES])
+def test_a_cliff_is_not_fitted(n_features, firings, tokens):
+    """Three quarters of the features are dead, or nearly: they fire that often."""
+    living = law(1.05, 12, n_features // 4)
+    rest = torch.full((n_features - n_features // 4,), firings / tokens, dtype=torch.float64)
+    if firings > living[-1] * tokens / 4:
+        pytest.skip("no cliff")
+    fitted = fit_zipf(measured(torch.cat([living, rest]), tokens), tokens)
+    assert fitted.exponent == pytest.approx(1.05, rel=0.01)
+    assert fitted.offset == pytest.approx(12, rel=0.03)
+    if firings > 0:
+        assert fitted.r2_middle < 0.9
+
+
+def test_a_law_that_bends_is_followed_as_far_as_it_holds():
+    """Lognormal densities fall ever more steeply, but that is no cliff."""
+    rates = (2 * torch.randn(N_FEATURES, generator=torch.Generator().manual_seed(0))).exp().double()
+    density = measured((rates / rates.sum() * 16).clamp(max=0.9))
+    fitted = fit_zipf(density, TOKENS)
+    ranks = torch.tensor([10, 100, 1000, 5000])
+    found = density.double().sort(descending=True).values[ranks - 1]
+    torch.testing.assert_close(fitted.density(ranks), found, rtol=0.35, atol=0)
+    assert fitted.tail_deviation > 1
+
+
 def test_fit_of_equal_densities_does_not_crash():
     fitted = fit_zipf(torch.full((100,), 0.1), 10_000)
     assert fitted.exponent == pytest.approx(0.1)
@@ -136,7 +174,7 @@ def test_fit_is_fast():
     fit_zipf(density, TOKENS)
     start = time.process_time()
     fit_zipf(density, TOKENS)
-    assert time.process_time() - start < 0.2
+    assert time.process_time() - start < 0.05  # 4 ms on an idle core
 
 
 @pytest.mark.parametrize(
@@ -149,12 +187,10 @@ def test_fit_is_fast():
     ],
 )
 def test_too_few_live_features_cannot_be_fitted(density, tokens):
-    with pytest.raises(ZipfFitError, match=r"needs 10 features .* measure more"):
+    with pytest.raises(ZipfFitError, match=r"needs 10 features .*: measure on more tokens"):
         fit_zipf(density, tokens)
-    assert dying_fraction(density, tokens).isnan()
 
 
-@pytest.mark.parametrize("function", [fit_zipf, dying_fraction])
 @pytest.mark.parametrize(
     ("density", "tokens"),
     [
@@ -165,9 +201,9 @@ def test_too_few_live_features_cannot_be_fitted(density, tokens):
         (torch.full((100,), 0.5), 0),
     ],
 )
-def test_bad_densities_are_refused(function, density, tokens):
+def test_bad_densities_are_refused(density, tokens):
     with pytest.raises(ValueError, match=f"tokens={tokens}.*within 0 .. 1") as error:
-        function(density, tokens)
+        fit_zipf(density, tokens)
     assert not isinstance(error.value, ZipfFitError)
     assert "\n" not in str(error.value)
 
@@ -176,23 +212,6 @@ def test_a_fit_is_a_value():
     density = law(1.0, 5, n_features=1000)
     assert fit_zipf(density, TOKENS) == fit_zipf(density.flip(0), TOKENS)
     assert isinstance(fit_zipf(density, TOKENS), ZipfMandelbrot)
-
-
-def test_a_lawful_dictionary_has_no_dying_features():
-    assert dying_fraction(measured(law(1.05, 12)), TOKENS) == 0
-    # On few tokens many counts are tiny: noise, not dying.
-    assert dying_fraction(measured(law(1.05, 12), 50_000), 50_000) < 0.001
-
-
-@pytest.mark.parametrize("dead", [0.0, 0.2, 0.5])
-@pytest.mark.parametrize("dying", [0.0, 0.05, 0.1])
-def test_dying_features_are_counted_without_the_dead(dead, dying):
-    fate = torch.rand(N_FEATURES, generator=torch.Generator().manual_seed(1))
-    rate = torch.where(fate < dead, 0.0, torch.where(fate < dead + dying, 0.02, 1.0))
-    # The survivors close ranks, so they follow the law of a smaller dictionary.
-    found = dying_fraction(measured(law(1.05, 12) * rate, 10**8), 10**8)
-    assert found.shape == ()
-    assert found == pytest.approx(dying, abs=0.02)
 
 
 @st.composite
@@ -254,11 +273,14 @@ def test_budgets_of_gpt2_scale():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"total": 100, "n_features": 512, "maximum": 10}, r"total=100 .*within 512\.0 \.\. 5120"),
-        ({"total": 600, "n_features": 10, "maximum": 50}, r"total=600 .*\.\. 500, or 60\.0 a f"),
+        (
+            {"total": 100, "n_features": 512, "maximum": 10},
+            r"total=100 .* of 512\.0 \.\. 5120 can be, or .* minimum <= 0\.1953125 <= maximum",
+        ),
+        ({"total": 600, "n_features": 10, "maximum": 50}, r"total=600 .*\.\. 500 .* <= 60\.0 <= m"),
         ({"total": math.nan, "n_features": 10, "maximum": 50}, "total=nan"),
         ({"total": 30, "n_features": 10, "maximum": 0.5}, r"maximum=0\.5"),
-        ({"total": 30, "n_features": 10, "maximum": math.inf}, "maximum=inf"),
+        ({"total": 30, "n_features": 10, "maximum": math.inf}, "maximum=inf finite"),
         ({"total": 30, "n_features": 0, "maximum": 5}, "n_features=0 must be > 0"),
         ({"total": 30, "n_features": 10, "maximum": 5, "minimum": -1.0}, r"minimum=-1\.0"),
         ({"total": 30, "n_features": 10, "maximum": 5, "exponent": -1.0}, r"exponent=-1\.0"),
@@ -278,6 +300,17 @@ def test_the_numbers_that_the_message_names_do_work():
     assert float(zipf_budgets(600, 10, maximum=60.0).sum()) == pytest.approx(600)
 
 
+def test_a_head_above_the_tokens_of_a_batch_is_capped():
+    """Zipf's own law would give the first feature three times as many matches as tokens."""
+    tokens = 4096
+    ranks = torch.arange(1, N_FEATURES + 1, dtype=torch.float64)
+    assert 32 * tokens / (1 / ranks).sum() > 2.9 * tokens
+    budgets = zipf_budgets(32 * tokens, N_FEATURES, maximum=tokens, offset=0.0)
+    assert (budgets[:3] == tokens).all()
+    assert float(budgets.sum()) == pytest.approx(32 * tokens, rel=1e-12)
+    assert (budgets[-1000:] == 1).all()
+
+
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(feasible_budgets(), st.integers(0, 2**63 - 1))
 def test_rounding_keeps_the_sum_and_stays_within_one(arguments, seed):
@@ -294,13 +327,27 @@ def test_rounding_keeps_the_sum_and_stays_within_one(arguments, seed):
     assert torch.equal(rounded, round_budgets(budgets, seed))
 
 
-def test_rounding_is_unbiased():
-    budgets = zipf_budgets(40, 30, maximum=8.0, minimum=0.1)
-    rounds = 4000
-    mean = sum(round_budgets(budgets, seed) for seed in range(rounds)) / rounds
+@settings(deadline=None, derandomize=True, max_examples=12)
+@given(
+    n_features=st.integers(2, 200),
+    k=st.integers(1, 4),
+    tokens=st.integers(1, 20),
+    minimum=st.floats(0.01, 0.9),
+    exponent=st.floats(0, 2),
+)
+def test_fractional_budgets_are_served_on_average(n_features, k, tokens, minimum, exponent):
+    total, rounds = k * tokens, 500
+    minimum = min(minimum, total / n_features)
+    maximum = max(tokens, total / n_features)
+    budgets = zipf_budgets(total, n_features, maximum=maximum, minimum=minimum, exponent=exponent)
+    served = torch.stack([round_budgets(budgets, seed) for seed in range(rounds)])
+    assert (served.sum(1) == total).all()
     fraction = budgets - budgets.floor()
     error = (fraction * (1 - fraction) / rounds).sqrt()
-    assert ((mean - budgets).abs() <= 4 * error + 1e-9).all()
+    difference = served.double().mean(0) - budgets
+    # Of 200 fair ones the worst is five standard errors off once in 10,000 times.
+    assert (difference.abs() <= 5 * error + 1e-9).all()
+    assert (served.sum(0) > 0)[budgets * rounds > 20].all()  # so none of these is dead
 
 
 def test_rounding_leaves_integers_alone_and_seeds_differ():

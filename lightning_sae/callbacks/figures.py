@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, tensorboards
 from lightning_sae.distributed import sum_over_ranks
 from lightning_sae.zipf import ZipfFitError, fit_zipf
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LIGHT, _MEDIUM, _DARK = "#c6d7ea", "#6a9bcd", "#17375e"
 _BINS_PER_DECADE = 5
 _MOST_POINTS = 10_000  # of a curve; millions of features would look the same, only slower
 
@@ -65,8 +64,8 @@ def plot_density_histogram(density: Tensor, tokens: int) -> Figure:
     dead = density.numel() - live.numel()
 
     figure, axes = _axes(density, tokens, "Feature densities")
-    axes.stairs(counts.numpy(), edges.numpy(), fill=True, color=_MEDIUM)
-    axes.bar(-decades - 0.7, dead, width=0.4, color=_LIGHT, edgecolor=_MEDIUM)
+    axes.stairs(counts.numpy(), edges.numpy(), fill=True, color=MEDIUM)
+    axes.bar(-decades - 0.7, dead, width=0.4, color=LIGHT, edgecolor=MEDIUM)
     powers = list(range(-decades, 1))
     labels = [f"$10^{{{power}}}$" for power in powers]
     axes.set_xticks([-decades - 0.7, *powers], [f"dead:\n{dead:,}", *labels])
@@ -101,7 +100,7 @@ def plot_rank_density(density: Tensor, tokens: int) -> Figure:
     axes.set_yscale("log")
     shown = ranks[ranks <= len(live)]  # none, if all are dead
     points = shown.numpy(), live[shown - 1].numpy()
-    axes.plot(*points, ".", color=_MEDIUM, markersize=5, label="live features")
+    axes.plot(*points, ".", color=MEDIUM, markersize=5, label="live features")
     try:
         law = fit_zipf(density, tokens)
     except ZipfFitError:
@@ -111,7 +110,7 @@ def plot_rank_density(density: Tensor, tokens: int) -> Figure:
             f"Zipf-Mandelbrot: s = {law.exponent:.2f}, q = {law.offset:.1f}\n"
             f"$R^2$ = {law.r2:.3f} (middle ranks {law.r2_middle:.3f})"
         )
-        axes.plot(ranks.numpy(), law.density(ranks).numpy(), color=_DARK, label=label)
+        axes.plot(ranks.numpy(), law.density(ranks).numpy(), color=DARK, label=label)
     axes.set_xlabel("rank of the feature, densest first")
     axes.set_ylabel("density (share of tokens)")
     axes.legend(loc="lower left", frameon=False)
@@ -125,17 +124,16 @@ def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str)
     # Every rank must take part in these two, or the others would wait for it for ever.
     density = metric.compute()
     tokens = int(sum_over_ranks(torch.as_tensor(metric.tokens, device=pl_module.device)))
-    if tokens == 0 or not trainer.is_global_zero:
+    if tokens == 0:
         return
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            board, step = logger.experiment, trainer.global_step
-            histogram = plot_density_histogram(density, tokens)
-            board.add_figure(f"{stage}/density_histogram", histogram, step)
-            board.add_figure(f"{stage}/density_by_rank", plot_rank_density(density, tokens), step)
-            live = density[density > 0]
-            if len(live):
-                board.add_histogram(f"{stage}/log10_density", live.log10(), step, bins=60)
+    step = trainer.global_step
+    for board in tensorboards(trainer):
+        histogram = plot_density_histogram(density, tokens)
+        board.add_figure(f"{stage}/density_histogram", histogram, step)
+        board.add_figure(f"{stage}/density_by_rank", plot_rank_density(density, tokens), step)
+        live = density[density > 0]
+        if len(live):
+            board.add_histogram(f"{stage}/log10_density", live.log10(), step, bins=60)
 
 
 def _live(density: Tensor, tokens: int) -> Tensor:
@@ -148,14 +146,7 @@ def _live(density: Tensor, tokens: int) -> Tensor:
 
 def _axes(density: Tensor, tokens: int, title: str) -> tuple[Figure, Axes]:
     """Return an empty figure whose title tells how many of how many features are dead."""
-    from matplotlib.figure import Figure  # takes a second: only where something is drawn
-
     dead = (density == 0).float().mean().item()
-    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    found = f"{density.numel():,} features on {tokens:,} tokens, {dead:.1%} dead"
-    axes.set_title(f"{title}\n{found}", loc="left", size=11)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return empty_figure(
+        title, f"{density.numel():,} features on {tokens:,} tokens, {dead:.1%} dead"
+    )

@@ -4,73 +4,47 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
+from lightning_sae.callbacks.held_out import HeldOutCallback
 from lightning_sae.metrics import LossRecovered
+from lightning_sae.residual_stream import ResidualStream
 
 
-class LossRecoveredCallback(Callback):
+class LossRecoveredCallback(HeldOutCallback):
     """Splices reconstructions into the language model, and logs what that does to its loss.
 
     Under `val/` or `test/`, every value of `lightning_sae.metrics.LossRecovered`:
     `loss_recovered_mean`, `loss_recovered_zero`, `delta_ce`, `kl` and the losses behind them.
 
-    It needs a datamodule with the language model as `residual_stream`, whose batches are mappings
-    with `input_ids` and `kept`, both (contexts, length), and a module with the mean activation as
-    `input_mean`, (d_model,): `ActivationDataModule` and `SparseAutoencoder` are such. With other
-    data it does nothing. Each batch costs four runs of the language model.
+    It needs data as `HeldOutCallback` says, and a module with the mean activation as `input_mean`,
+    (d_model,), as `SparseAutoencoder` has.
+
+    Args:
+        tokens: Tokens to measure on, over all devices, in whole batches. Each is run through the
+            language model four times, which takes longer than everything else in a validation.
+
+    Raises:
+        ValueError: If `tokens` is not positive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 65_536) -> None:
+        super().__init__(tokens)
         self._metric = LossRecovered()
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure on a batch, unless this is only the check before training."""
-        if not trainer.sanity_checking:
-            self._update(trainer, pl_module, batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure on a batch."""
-        self._update(trainer, pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what was measured."""
-        self._log(pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what was measured."""
-        self._log(pl_module, "test")
-
-    def _update(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
-        if not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
-            return
-        residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
-        if residual_stream is not None:
-            self._metric.to(pl_module.device).update(
-                residual_stream, batch["input_ids"], pl_module, batch["kept"], pl_module.input_mean
-            )
-
-    def _log(self, pl_module: pl.LightningModule, stage: str) -> None:
-        # Data that is not usable is not usable on any rank, so all ranks return here, or none.
-        if not self._metric.update_called:
-            return
-        values = self._metric.compute()
+    def reset(self) -> None:
+        """Forget what was measured."""
         self._metric.reset()
-        for name, value in values.items():
+
+    def measure(
+        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
+    ) -> None:
+        """Run the language model on a batch, as it is, spliced and ablated."""
+        self._metric.to(pl_module.device).update(
+            residual_stream, batch["input_ids"], pl_module, batch["kept"], pl_module.input_mean
+        )
+
+    def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Log what was measured."""
+        for name, value in self._metric.compute().items():
             pl_module.log(f"{stage}/{name}", value, sync_dist=True)  # equal already: no warning

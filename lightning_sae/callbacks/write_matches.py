@@ -20,8 +20,9 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
 
     A file holds `token`, `feature` (int64) and `value`, one entry a match, and the text
     `[tokens, features]` under `shape` in its metadata. If the batch is a mapping with them, also
-    `input_ids` and `kept` (uint8, 1 or 0), both (contexts, length): row i of the matches is then
-    the i-th kept position. A file has its name only once it is complete.
+    `kept` (uint8, 1 or 0) and `input_ids`, both (contexts, length), or `image_numbers`, (images,):
+    row i of the matches is then the i-th kept position. A file has its name only
+    once it is complete.
 
     Args:
         output_dir: Folder for the files; made if need be. It must not hold such files yet, lest the
@@ -56,7 +57,8 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         matches: Matches = outputs
         tensors = {"token": matches.token, "feature": matches.feature, "value": matches.value}
         if isinstance(batch, Mapping):
-            tensors |= {name: batch[name] for name in ("input_ids", "kept") if name in batch}
+            what_was_read = ("input_ids", "image_numbers", "kept")
+            tensors |= {name: batch[name] for name in what_was_read if name in batch}
         if "kept" in tensors:
             tensors["kept"] = tensors["kept"].to(torch.uint8)
         path = self.output_dir / f"{_stem(trainer)}{batch_idx:05d}.safetensors"

@@ -13,7 +13,7 @@ class DeadFeatures(FeatureDensity):
     probability (1 - p)^tokens, so it takes 3 / p tokens to see it with a probability of 95 %. The
     literature counts over 10 million tokens. Report `tokens` beside the share.
 
-    ``update`` takes dense codes, shape (..., n_features). ``compute`` returns a float32 scalar, NaN
+    ``update`` takes codes as `FeatureDensity` does. ``compute`` returns a float32 scalar, NaN
     before the first token. Same arguments, errors and states as `FeatureDensity`, with which it
     shares its counting in a `MetricCollection`.
 

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
+from lightning_sae.allocation import Matches
 from lightning_sae.metrics.base import TotalsMetric, ratio
 
 
 class FeatureDensity(TotalsMetric):
     """Share of tokens on which each feature fires, its code being above 0.
 
-    ``update`` takes dense codes, shape (..., n_features). ``compute`` returns float32 shares, shape
-    (n_features,), NaN before the first token.
+    ``update`` takes dense codes, shape (..., n_features), or their matches, which is faster.
+    ``compute`` returns float32 shares, shape (n_features,), NaN before the first token.
 
     Attributes:
         fires: Number of tokens on which each feature fired on this rank, int64, (n_features,).
@@ -40,9 +41,9 @@ class FeatureDensity(TotalsMetric):
         self.add_total("fires", n_features)
         self.add_total("tokens")
 
-    def update(self, codes: Tensor) -> None:
+    def update(self, codes: Tensor | Matches) -> None:
         """Count where features fire in a batch of codes, shape (..., n_features)."""
-        if codes.shape[-1:] != (self.n_features,):
+        if tuple(codes.shape[-1:]) != (self.n_features,):
             raise ValueError(
                 f"codes of shape {tuple(codes.shape)}: the last dimension must be "
                 f"n_features={self.n_features}"
@@ -55,6 +56,8 @@ class FeatureDensity(TotalsMetric):
         return ratio(self.fires, self.tokens)
 
 
-def _density_update(codes: Tensor) -> tuple[Tensor, int]:
+def _density_update(codes: Tensor | Matches) -> tuple[Tensor, int]:
+    if isinstance(codes, Matches):
+        return codes.per_feature(), codes.shape[0]
     fired = codes.reshape(-1, codes.shape[-1]) > 0  # (tokens, features)
     return fired.sum(0, dtype=torch.int32), fired.shape[0]  # int32: faster than int64 on a CPU

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
+from lightning_sae.allocation import Matches
 from lightning_sae.metrics.base import TotalsMetric, ratio, widest_float
 
 
 class L0(TotalsMetric):
     """Average number of matches per token: features whose code is above 0.
 
-    ``update`` takes dense codes, shape (..., n_features). ``compute`` returns a float32 scalar, NaN
-    before the first token.
+    ``update`` takes dense codes, shape (..., n_features), or their matches, which is faster.
+    ``compute`` returns a float32 scalar, NaN before the first token.
 
     Attributes:
         matches: Number of codes above 0 seen on this rank, int64.
@@ -34,7 +35,7 @@ class L0(TotalsMetric):
         self.add_total("squared_matches")
         self.add_total("tokens")
 
-    def update(self, codes: Tensor) -> None:
+    def update(self, codes: Tensor | Matches) -> None:
         """Count the matches of a batch of codes, shape (..., n_features)."""
         matches, squared_matches, tokens = _l0_update(codes)
         self.add_to_totals(matches=matches, squared_matches=squared_matches, tokens=tokens)
@@ -63,8 +64,11 @@ class L0StandardDeviation(L0):
         return _l0_standard_deviation(self.matches, self.squared_matches, self.tokens)
 
 
-def _l0_update(codes: Tensor) -> tuple[Tensor, Tensor, int]:
-    per_token = (codes > 0).sum(-1, dtype=torch.int32).long()  # (...,); faster than int64 on a CPU
+def _l0_update(codes: Tensor | Matches) -> tuple[Tensor, Tensor, int]:
+    if isinstance(codes, Matches):
+        per_token = codes.per_token()
+    else:  # int32: faster than int64 on a CPU
+        per_token = (codes > 0).sum(-1, dtype=torch.int32).long()  # (...,)
     return per_token.sum(), per_token.square().sum(), per_token.numel()
 
 

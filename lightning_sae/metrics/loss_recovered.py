@@ -1,11 +1,12 @@
 """What splicing the reconstruction into the language model costs it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightning_sae.metrics.base import TotalsMetric, ratio, widest_float
+from lightning_sae.metrics.next_token_losses import next_token_losses
 from lightning_sae.residual_stream import ResidualStream
 
 _TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
@@ -198,22 +199,14 @@ def _rows_of(mean: Tensor, *, like: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, input_ids: Tensor, scored: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=widest_float(logits.device), device=logits.device)
-    next_ids = input_ids.roll(-1, dims=1)
-    for log_p, ids, here in zip(_log_probabilities(logits, scored), next_ids, scored, strict=True):
-        total -= log_p.gather(1, ids[here].unsqueeze(1)).sum(dtype=total.dtype)
-    return total
+    losses = next_token_losses(logits, input_ids)  # (contexts, length - 1)
+    return losses[scored[:, :-1]].sum(dtype=widest_float(logits.device))
 
 
 def _divergence(clean: Tensor, spliced: Tensor, scored: Tensor) -> Tensor:
     total = torch.zeros((), dtype=widest_float(clean.device), device=clean.device)
-    each = zip(_log_probabilities(clean, scored), _log_probabilities(spliced, scored), strict=True)
-    for log_p, log_q in each:
+    # One context at a time: log probabilities of a batch are larger than its logits.
+    for *pair, here in zip(clean, spliced, scored, strict=True):
+        log_p, log_q = (rows[here].log_softmax(-1, dtype=torch.float32) for rows in pair)
         total += (log_p.exp() * (log_p - log_q)).sum(dtype=total.dtype)
     return total
-
-
-def _log_probabilities(logits: Tensor, scored: Tensor) -> Iterator[Tensor]:
-    # One context at a time: over a large vocabulary a batch of these is bigger than the logits.
-    for rows, here in zip(logits, scored, strict=True):
-        yield rows[here].log_softmax(-1, dtype=torch.float32)  # (scored, vocabulary)

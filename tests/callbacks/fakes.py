@@ -27,6 +27,11 @@ class FakeSAE(pl.LightningModule):
         assert not self.training
         return self.factor * x
 
+    def match(self, x) -> Matches:
+        assert not self.training
+        affinities = self.encoder(x)
+        return matches_where(affinities, affinities > 0.3)
+
     def training_step(self, batch):
         x = activations(batch)
         self.tokens_seen += len(x)
@@ -39,8 +44,7 @@ class FakeSAE(pl.LightningModule):
         self.validation_step(batch)
 
     def predict_step(self, batch) -> Matches:
-        affinities = self.encoder(activations(batch))
-        return matches_where(affinities, affinities > 0.3)
+        return self.match(activations(batch))
 
     def on_validation_epoch_end(self):
         self.feature_density.reset()

@@ -29,6 +29,21 @@ def test_values_are_those_of_the_metric_over_all_batches(tmp_path, stage):
         assert logged[f"{stage}/{name}"] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.parametrize(("tokens", "batches"), [(1, 1), (30, 1), (31, 2), (60, 2), (1000, 3)])
+def test_it_stops_when_it_has_measured_enough(tmp_path, tokens, batches):
+    module = FakeSAE()
+    run = trainer(tmp_path, LossRecoveredCallback(tokens=tokens))  # a batch has 30
+    for _ in range(2):  # each time anew
+        (logged,) = run.validate(module, datamodule=FakeData(), verbose=False)
+        wanted = expected(module, contexts(batches))
+        assert logged["val/ce_clean"] == pytest.approx(wanted["ce_clean"], rel=1e-6)
+
+
+def test_it_measures_something():
+    with pytest.raises(ValueError, match="tokens=0 must be at least 1"):
+        LossRecoveredCallback(tokens=0)
+
+
 class Uncalibrated(FakeSAE):
     """Cannot be evaluated before it was trained, like an SAE without thresholds."""
 

@@ -6,6 +6,7 @@ from torchmetrics import Metric
 
 from lightning_sae.metrics import (
     L0,
+    Correlation,
     DeadFeatures,
     FeatureDensity,
     FractionOfVarianceUnexplained,
@@ -23,16 +24,17 @@ def all_metrics() -> dict[str, Metric]:
         "density": FeatureDensity(N_FEATURES),
         "dead": DeadFeatures(N_FEATURES),
         "fvu": FractionOfVarianceUnexplained(D_MODEL),
+        "correlation": Correlation(),
     }
 
 
 def sample(tokens: int, seed: int = 0) -> dict[str, Tensor]:
-    """Return `codes`, `x` and `reconstruction` of so many tokens."""
+    """Return `codes`, `x`, `reconstruction` and `y`, which goes with x, of so many tokens."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randn(tokens, N_FEATURES, generator=generator) - torch.linspace(0, 3, N_FEATURES)
     x = 5 + torch.randn(tokens, D_MODEL, generator=generator)
     noise = torch.randn(tokens, D_MODEL, generator=generator)
-    return {"codes": codes.relu(), "x": x, "reconstruction": x + 0.3 * noise}
+    return {"codes": codes.relu(), "x": x, "reconstruction": x + 0.3 * noise, "y": x - noise}
 
 
 def split(data: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
@@ -43,9 +45,8 @@ def split(data: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
 
 def update(metric: Metric, batch: dict[str, Tensor]) -> None:
     """Update any of the metrics with the part of the batch that it takes."""
-    takes_x = isinstance(metric, FractionOfVarianceUnexplained)
-    names = ("reconstruction", "x") if takes_x else ("codes",)
-    metric.update(*[batch[name] for name in names])
+    takes = {FractionOfVarianceUnexplained: ("reconstruction", "x"), Correlation: ("x", "y")}
+    metric.update(*[batch[name] for name in takes.get(type(metric), ("codes",))])
 
 
 def values(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sae.metrics import FeatureDensity
+from lightning_sae.allocation import matches_where
+from lightning_sae.metrics import L0, DeadFeatures, FeatureDensity, L0StandardDeviation
+from lightning_sae.metrics.base import TotalsMetric
 from tests.metrics.samples import N_FEATURES, sample
 
 
@@ -39,3 +41,15 @@ def test_codes_of_another_dictionary_are_refused(shape):
 def test_a_dictionary_has_features(n_features):
     with pytest.raises(ValueError, match=f"n_features={n_features}"):
         FeatureDensity(n_features)
+
+
+@pytest.mark.parametrize(
+    "metric", [FeatureDensity(5), DeadFeatures(5), L0(), L0StandardDeviation()]
+)
+def test_matches_count_as_their_dense_codes_do(metric: TotalsMetric):
+    codes = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).clamp_min(0)
+    metric.update(codes)
+    dense = metric.compute()
+    metric.reset()
+    metric.update(matches_where(codes, codes > 0))
+    assert torch.equal(metric.compute(), dense)

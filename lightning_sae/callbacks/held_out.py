@@ -1,0 +1,107 @@
+"""What callbacks share that run the language model on held-out text."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_sae.checks import require_positive
+from lightning_sae.distributed import world_size
+from lightning_sae.residual_stream import ResidualStream
+
+
+class HeldOutCallback(Callback, ABC):
+    """Measures on the first held-out batches of every validation and test, and logs at its end.
+
+    It needs a datamodule with the language model as `residual_stream`, whose batches are mappings
+    with `activations`, `input_ids` and `kept`, as `ActivationDataModule` has; with other data it
+    does nothing.
+
+    Args:
+        tokens: Tokens to measure on, over all devices, counted as the data module counts
+            `validation_tokens`. Batches are measured whole, until there are as many.
+
+    Raises:
+        ValueError: If `tokens` is not positive.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        require_positive(tokens=tokens)
+        self.tokens = tokens
+        self._measured = 0  # tokens, by this rank
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget what was measured."""
+
+    @abstractmethod
+    def measure(
+        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
+    ) -> None:
+        """Measure on a batch. Ranks may measure different numbers of them, but at least one."""
+
+    @abstractmethod
+    def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Log what was measured, under `stage`; called on all ranks, or on none."""
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start afresh."""
+        self._start()
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start afresh."""
+        self._start()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure on a batch, unless this is only the check before training."""
+        if not trainer.sanity_checking:
+            self._measure(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure on a batch."""
+        self._measure(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was measured."""
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was measured."""
+        self._log(trainer, pl_module, "test")
+
+    def _start(self) -> None:
+        self._measured = 0
+        self.reset()
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        enough = self._measured * world_size() >= self.tokens
+        if enough or not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
+            return
+        residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
+        if residual_stream is not None:
+            self.measure(pl_module, residual_stream, batch)
+            self._measured += batch["input_ids"].numel()
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Data that is not usable is not usable on any rank, so all ranks log, or none.
+        if self._measured > 0:
+            self.log_results(trainer, pl_module, stage)

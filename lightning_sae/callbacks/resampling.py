@@ -1,0 +1,218 @@
+"""Resampling of dead features: Bricken et al. 2023,
+https://transformer-circuits.pub/2023/monosemantic-features, "Neuron Resampling".
+"""  # noqa: D205 - the link is the summary's end
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from lightning_sae.checks import require_positive
+from lightning_sae.dictionary import wide
+from lightning_sae.distributed import max_over_ranks, sum_over_ranks, world_size
+from lightning_sae.sae import SparseAutoencoder, activations_in
+
+ENCODER_NORM = 0.2  # of a new feature, relative to the mean of those alive (the source's)
+_OF_FEATURES = {"W_dec", "encoder.weight", "encoder.bias", "tokens_since_fired", "density"}
+_OF_DIMENSIONS = {"b_dec", "input_mean"}  # as long as those if n_features is d_model
+
+
+class ResampleDeadFeatures(Callback):
+    """Gives dead features a new start in the direction of inputs that are reconstructed badly.
+
+    At set times each feature that has not fired for the module's `dead_after_tokens` takes the
+    direction of an input, drawn with odds in proportion to the square of its reconstruction loss:
+    in the decoder at unit norm, in the encoder at 0.2 times the mean norm of features alive. Its
+    encoder bias and the optimizer's moments become zero, and it counts as just having fired.
+
+    Two things differ from the source. It reads inputs for this alone and takes their losses all at
+    once; here inputs are drawn as they pass in the batches before, so that a loss may be up to
+    `sample_tokens` old. And it may draw an input twice; here none is, as two features that start
+    alike would stay alike.
+
+    What is drawn depends on `tokens_seen` and the inputs alone, is equal on every rank, and is kept
+    in checkpoints, so that a resumed run goes on as if it had not stopped. While inputs are being
+    drawn, memory holds as many of them as there are features, and a step takes another forward
+    pass. Architectures that keep more of a feature than its directions and bias are refused. Where
+    features compete for a budget, new ones seldom win at first: AuxK revives more of them.
+
+    Args:
+        every_tokens: Tokens between resamplings, over all ranks. Default: twice the module's
+            `dead_after_tokens`, as in the source: 25,000 and 12,500 steps of 8,192 tokens.
+        times: How often to resample; later in training features are left to settle.
+        sample_tokens: The last tokens before each resampling from which inputs are drawn; all since
+            the previous one if there are fewer.
+
+    Raises:
+        ValueError: If an argument is not positive.
+    """
+
+    def __init__(
+        self,
+        every_tokens: int | None = None,
+        *,
+        times: int = 4,
+        sample_tokens: int = 819_200,
+    ) -> None:
+        require_positive(times=times, sample_tokens=sample_tokens)
+        if every_tokens is not None:
+            require_positive(every_tokens=every_tokens)
+        self.every_tokens = every_tokens
+        self.times = times
+        self.sample_tokens = sample_tokens
+        self._sample = WeightedSample()
+        self._step = self._tokens = 0  # when the optimizer stepped last
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that the module can be resampled.
+
+        Raises:
+            TypeError: If it is no SparseAutoencoder.
+            ValueError: If it keeps something of each feature that would be the old feature's.
+        """
+        if not isinstance(pl_module, SparseAutoencoder):
+            name = type(pl_module).__name__
+            raise TypeError(f"ResampleDeadFeatures needs a SparseAutoencoder, not {name}")
+        rows = (pl_module.n_features,)
+        stale = [
+            name
+            for name, value in pl_module.state_dict().items()
+            if value.shape[:1] == rows and name not in _OF_FEATURES | _OF_DIMENSIONS
+        ]
+        if stale:
+            raise ValueError(
+                f"ResampleDeadFeatures cannot be used with {type(pl_module).__name__}, which keeps "
+                f"{', '.join(stale)} of each feature: remove it from trainer.callbacks"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take up where the module stands."""
+        self._step, self._tokens = trainer.global_step, int(pl_module.tokens_seen)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw inputs from the batch, or resample, when it is time to."""
+        every = self.every_tokens or 2 * pl_module.dead_after_tokens
+        due = (self._tokens // every + 1) * every
+        if due > self.times * every:
+            return
+        tokens = int(pl_module.tokens_seen)
+        if tokens > due - self.sample_tokens:
+            self._draw(pl_module, activations_in(batch))
+        if trainer.global_step == self._step:
+            return  # gradients are being accumulated, and belong to the features as they are
+        self._step, self._tokens = trainer.global_step, tokens
+        if tokens >= due:
+            dead = pl_module.dead_features_mask().nonzero().squeeze(1)
+            inputs = self._sample.rows[: len(dead)]
+            renew(pl_module, dead[: len(inputs)], inputs, trainer.optimizers)
+            self._sample = WeightedSample()
+            rank_zero_info(f"{tokens} tokens: {len(inputs)} of {len(dead)} dead features resampled")
+
+    @torch.no_grad()
+    def _draw(self, module: SparseAutoencoder, x: Tensor) -> None:
+        x = x.reshape(-1, module.d_model)
+        scaled = module.scaled(x)
+        error = scaled - module.reconstruct(module.match(x))
+        self._sample.add(
+            scaled,
+            error.square().mean(1).square(),
+            size=module.n_features,
+            seed=int(module.tokens_seen),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inputs drawn so far, which are equal on every rank."""
+        return {"keys": self._sample.keys, "rows": self._sample.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the inputs drawn so far."""
+        self._sample = WeightedSample(state_dict["keys"], state_dict["rows"])
+
+
+class WeightedSample:
+    """Rows of a stream drawn one by one without replacement, with odds in proportion to weights.
+
+    Each row gets its log weight plus Gumbel noise as a key. Those of largest key, in that order,
+    are such a sample (Efraimidis and Spirakis 2006), and are all that has to be kept. Rows come
+    from all ranks, and the sample is the same on each.
+
+    Args:
+        keys: Keys of the rows so far, descending, float64 on the CPU, shape (kept,).
+        rows: The rows, shape (kept, width).
+    """
+
+    def __init__(self, keys: Tensor | None = None, rows: Tensor | None = None) -> None:
+        self.keys = torch.empty(0, dtype=torch.float64) if keys is None else keys
+        self.rows = torch.empty(0, 0) if rows is None else rows
+
+    def add(self, rows: Tensor, weights: Tensor, *, size: int, seed: int) -> None:
+        """Draw from the rows so far and these, at most `size`.
+
+        Args:
+            rows: Shape (n, width); n may differ between ranks.
+            weights: Not negative; rows of weight zero are never drawn. Shape (n,).
+            size: Rows to keep.
+            seed: Decides the noise; the same on every rank, another for each call.
+        """
+        ours = dist.get_rank() if world_size() > 1 else 0
+        longest = int(max_over_ranks(torch.tensor(len(rows), device=rows.device)))
+        table = weights.new_zeros(world_size(), longest)
+        table[ours, : len(rows)] = weights
+        table = sum_over_ranks(table).cpu().double()  # (ranks, longest)
+        noise = torch.rand(
+            table.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        keys = torch.cat([self.keys, (table.log() - (-noise.log()).log()).flatten()])
+        best = keys.topk(min(size, len(keys)))
+        chosen = best.indices[best.values > -torch.inf]
+        before = len(self.keys)
+        self.keys = keys[chosen]
+        chosen = chosen.to(rows.device)
+        old, new = chosen < before, chosen >= before
+        rank, row = (chosen - before) // longest, (chosen - before) % longest
+        mine = new & (rank == ours)
+        merged = rows.new_zeros(len(chosen), rows.shape[1])
+        merged[mine] = rows[row[mine]]
+        merged = sum_over_ranks(merged)  # each new row is one rank's, and zero on the others
+        if before:
+            merged[old] = self.rows.to(merged)[chosen[old]]
+        self.rows = merged
+
+
+@torch.no_grad()
+def renew(
+    module: SparseAutoencoder, features: Tensor, inputs: Tensor, optimizers: Iterable[Optimizer]
+) -> None:
+    """Point features at inputs, and let nothing remember what they were.
+
+    Args:
+        module: Changed in place.
+        features: Indices of the features, dead ones, int64, shape (n,).
+        inputs: Scaled activations, shape (n, d_model).
+        optimizers: Those whose state of the features, of the shape of a parameter, becomes zero.
+    """
+    if len(features) == 0:
+        return
+    norms = wide(module.encoder.weight).norm(dim=1)
+    alive = ~module.dead_features_mask()
+    norm = norms[alive].mean() if bool(alive.any()) else norms.mean()
+    directions = functional.normalize(inputs - wide(module.b_dec), dim=1)
+    module.W_dec[features] = directions.to(module.W_dec)
+    module.encoder.weight[features] = (ENCODER_NORM * norm * directions).to(module.encoder.weight)
+    module.encoder.bias[features] = 0
+    module.tokens_since_fired[features] = 0
+    module.density[features] = 0
+    for parameter in (module.W_dec, module.encoder.weight, module.encoder.bias):
+        for optimizer in optimizers:
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[features] = 0

@@ -1,0 +1,34 @@
+"""What only shows on two devices; the rest is tested with the callbacks that there are."""
+
+from types import SimpleNamespace
+
+import torch
+
+from lightning_sae.callbacks import LossRecoveredCallback
+from tests.callbacks.fakes import FakeData, FakeSAE
+from tests.helpers.ddp import run_on_two
+
+
+def measure_on_rank(rank, tokens):
+    """Callback's values of a rank that has every other batch, one context less on the second."""
+    data, module, logged = FakeData(count=6), FakeSAE().eval(), {}
+    module.factor.data.fill_(0.5)
+    module.log = lambda name, value, sync_dist: logged.update({name: value.item()})
+    trainer = SimpleNamespace(sanity_checking=False, datamodule=data)
+    callback = LossRecoveredCallback(tokens=tokens)
+    callback.on_validation_epoch_start(trainer, module)
+    for index, batch in enumerate(data.batches[rank::2]):
+        if rank == 1:
+            batch = {name: batch[name][:-1] for name in ("input_ids", "kept")}
+        callback.on_validation_batch_end(trainer, module, None, batch, index)
+    callback.on_validation_epoch_end(trainer, module)
+    return logged, callback._measured
+
+
+def test_ranks_share_the_tokens_and_may_need_different_numbers_of_batches():
+    # Batches of 30 and of 24 tokens: half of 50 takes one of the first, but two of the second.
+    for tokens, measured in ((1, [30, 24]), (50, [30, 48]), (1000, [90, 72])):
+        (first, on_first), (second, on_second) = run_on_two(measure_on_rank, tokens)
+        assert [on_first, on_second] == measured
+        assert first == second
+        assert torch.tensor(list(first.values())).isfinite().all()
