@@ -18,6 +18,13 @@ def require_not_negative(**values: float) -> None:
             raise ValueError(f"{name}={value} must be a finite number, 0 or more")
 
 
+def require_share(**values: float) -> None:
+    """Raise ValueError unless all are within 0 .. 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must be a share, 0 to 1")
+
+
 def require_k(k: int, n_features: int) -> None:
     """Raise ValueError for a number of matches per token that no dictionary of this size has."""
     if not 1 <= k <= n_features:

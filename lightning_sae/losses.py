@@ -5,6 +5,7 @@ All work on activations scaled so that a centred token has a mean squared length
 same thing for every language model and layer.
 """
 
+import torch
 from torch import Tensor
 
 from lightning_sae.allocation import Matches, token_choice
@@ -50,11 +51,72 @@ def aux_k_loss(affinities: Tensor, error: Tensor, dictionary: Tensor, k_aux: int
 
     Returns:
         0-d tensor; zero if there is no dead feature, or nothing left to explain.
+
+    Example:
+        >>> error = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> aux_k_loss(torch.tensor([[0.5], [-0.5]]), error, torch.tensor([[1.0, 0.0]]), k_aux=1)
+        tensor(0.6250)
     """
+    dead = dictionary.shape[0]
+    if dead == 0:
+        return affinities.sum() * 0.0
     target = error.detach()
     variance = (target - target.mean(0)).square().mean()
-    dead = dictionary.shape[0]
-    if dead == 0 or not bool(variance > 0):
-        return affinities.sum() * 0.0
+    weight = torch.where(variance > 0, 1 / variance, 0.0)  # a branch would wait for the device
     matches = token_choice(affinities, min(k_aux, dead))
-    return (target - weighted_sum(matches, dictionary)).square().mean() / variance
+    return (target - weighted_sum(matches, dictionary)).square().mean() * weight
+
+
+def aux_zipf_loss(
+    affinities: Tensor,
+    error: Tensor,
+    dictionary: Tensor,
+    deficits: Tensor,
+    *,
+    k_aux: int,
+    dying_below: float,
+) -> Tensor:
+    """Return how badly dead and dying features model what the healthy ones left unexplained.
+
+    A feature's deficit is the share by which it falls short of its Zipf density (`zipf_deficit`):
+    1 for a dead one; a feature is dying if it is alive and its deficit exceeds `1 - dying_below`.
+    Dead and dying features each reconstruct the error as in `aux_k_loss`, and the two losses are
+    added. Each group has slots of its own: in a common pool the dying, which have the larger
+    affinities, leave none to the dead. The dying have fewer, so that each aims at whole features.
+
+    Codes are weighted before they are decoded: those of the dying by their deficits, and those of
+    the dead by `1 - dying_below`, the smallest deficit of any dying feature. So a dead feature must
+    have `1 / (1 - dying_below)` times the affinity that explains the error. Without that it never
+    fires: what the choice of matches left out lies, feature by feature, below its threshold.
+
+    As `dying_below` goes to zero there are no dying features and the dead have a weight of one:
+    at zero this is `aux_k_loss` exactly.
+    Source: Ayonrinde 2024 (arXiv 2411.02124) names this loss as a generalisation of `aux_k_loss`
+    to underused features. Its formula was not available; this one is a reconstruction.
+
+    Args:
+        affinities: Affinities of the dead features, then of the dying, shape (tokens, features).
+        error: Activations less their reconstruction, shape (tokens, d_model).
+        dictionary: Decoder rows of the same features in the same order, (features, d_model).
+        deficits: Deficits of the dying features, the last of the others, shape (dying,).
+        k_aux: Dead features a token may use. It may use an eighth as many dying ones, at least one.
+        dying_below: Share of its Zipf density under which a feature is dying, 0 to less than 1.
+
+    Returns:
+        0-d tensor; zero if no feature is dead or dying, or nothing is left to explain.
+
+    Raises:
+        ValueError: If `dying_below` is out of range.
+
+    Example:
+        >>> error = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> affinities, rows = torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.eye(2)[[0, 0]]
+        >>> aux_zipf_loss(affinities, error, rows, torch.tensor([0.6]), k_aux=8, dying_below=0.5)
+        tensor(1.0800)
+    """
+    if not 0 <= dying_below < 1:
+        raise ValueError(f"dying_below={dying_below} is a share of a density: 0 to less than 1")
+    dead = len(dictionary) - len(deficits)
+    weighted = affinities[:, :dead] * (1 - dying_below), affinities[:, dead:] * deficits
+    of_dead = aux_k_loss(weighted[0], error, dictionary[:dead], k_aux)
+    return of_dead + aux_k_loss(weighted[1], error, dictionary[dead:], max(1, k_aux // 8))

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pickle import UnpicklingError
 from typing import Any, get_args
 
@@ -12,18 +13,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_sae.allocation import Importance, Matches, score
-from lightning_sae.checks import require_choice, require_not_negative, require_positive
+from lightning_sae.checks import (
+    require_choice,
+    require_not_negative,
+    require_positive,
+    require_share,
+)
 from lightning_sae.dictionary import Dictionary, wide
 from lightning_sae.distributed import sum_over_ranks
-from lightning_sae.losses import aux_k_loss, reconstruction_loss
+from lightning_sae.losses import aux_zipf_loss, reconstruction_loss
 from lightning_sae.metrics import (
     L0,
     DeadFeatures,
     FeatureDensity,
     FractionOfVarianceUnexplained,
     L0StandardDeviation,
+    zipf_statistics,
 )
-from lightning_sae.zipf import dying_fraction
+from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
 _SHARED_BUFFERS = (
     "input_mean",
@@ -68,7 +75,8 @@ class SparseAutoencoder(Dictionary, ABC):
         d_model: int,
         n_features: int,
         *,
-        aux_k_coefficient: float = 1 / 32,
+        aux_coefficient: float = 1 / 32,
+        dying_below: float = 0.0,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
         importance: Importance = "affinity",
@@ -78,11 +86,13 @@ class SparseAutoencoder(Dictionary, ABC):
         super().__init__(d_model, n_features)
         k_aux = k_aux if k_aux is not None else max(1, d_model // 2)
         require_positive(k_aux=k_aux, dead_after_tokens=dead_after_tokens)
-        require_not_negative(aux_k_coefficient=aux_k_coefficient)
+        require_not_negative(aux_coefficient=aux_coefficient)
+        require_share(dying_below=dying_below)
         require_choice(importance=importance, of=get_args(Importance))
         # Primitives only: checkpoints with classes among their hyperparameters do not load safely.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.aux_k_coefficient = aux_k_coefficient
+        self.aux_coefficient = aux_coefficient
+        self.dying_below = dying_below
         self.k_aux = k_aux
         self.dead_after_tokens = dead_after_tokens
         self.importance = importance
@@ -112,19 +122,28 @@ class SparseAutoencoder(Dictionary, ABC):
     def penalties(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms added to the reconstruction loss in training, by name.
 
-        By default the loss by which dead features learn to explain the remaining error.
+        By default the loss by which dead and dying features learn to explain the remaining error.
 
         Args:
             scaled: Scaled activations, shape (tokens, d_model).
             matches: The matches chosen for them.
             error: `scaled` less its reconstruction, shape (tokens, d_model).
         """
-        if self.aux_k_coefficient == 0:
+        if self.aux_coefficient == 0:
             return {}
-        dead = self.dead_features_mask().nonzero().squeeze(1)
-        affinities = self.affinities(scaled, dead)
-        loss = aux_k_loss(affinities, error, self.directions(dead), self.k_aux)
-        return {"aux_k_loss": self.aux_k_coefficient * loss}
+        dead, deficit = self.dead_features_mask(), self.deficit()
+        dying = (~dead & (deficit > 1 - self.dying_below)).nonzero().squeeze(1)
+        helped = torch.cat([dead.nonzero().squeeze(1), dying])
+        loss = aux_zipf_loss(
+            self.affinities(scaled, helped),
+            error,
+            self.directions(helped),
+            deficit[dying],
+            k_aux=self.k_aux,
+            dying_below=self.dying_below,
+        )
+        name = "aux_zipf_loss" if self.dying_below else "aux_k_loss"
+        return {name: self.aux_coefficient * loss}
 
     def observe(self, scores: Tensor, matches: Matches) -> None:
         """Update the architecture's own state, thresholds say, from a training batch."""
@@ -225,6 +244,18 @@ class SparseAutoencoder(Dictionary, ABC):
         """Return which features have not fired for `dead_after_tokens`, bool, (n_features,)."""
         return self.tokens_since_fired >= self.dead_after_tokens
 
+    def deficit(self) -> Tensor:
+        """Return by which share each feature falls short of its Zipf density, (n_features,).
+
+        Zero for all while nothing is known: if dying features get no help, before the first
+        batches, or when too few features are live.
+        """
+        tokens = min(int(self.tokens_seen), self.dead_after_tokens)
+        if self.dying_below and tokens:
+            with suppress(ZipfFitError):
+                return zipf_deficit(self.density, tokens)
+        return torch.zeros_like(self.density)
+
     @torch.no_grad()
     def _observe(self, scores: Tensor, matches: Matches) -> None:
         counts = torch.cat([matches.per_feature(), self.tokens_seen.new_tensor([scores.shape[0]])])
@@ -312,10 +343,11 @@ class SparseAutoencoder(Dictionary, ABC):
         self._log_metrics("test")
 
     def _measure(self, x: Tensor) -> None:
-        codes = self.encode(x)
-        self.fvu.update(self.decode(codes), x)
+        x = x.reshape(-1, x.shape[-1])
+        matches = self.match(x)
+        self.fvu.update(self.reconstruct(matches) / self.input_scale, x)
         for metric in (self.l0, self.l0_std, self.feature_density, self.dead_features):
-            metric.update(codes)
+            metric.update(matches)
 
     def _log_metrics(self, stage: str) -> None:
         tokens = sum_over_ranks(self.feature_density.tokens)  # what compute() below is over
@@ -324,7 +356,7 @@ class SparseAutoencoder(Dictionary, ABC):
             "l0": self.l0.compute(),
             "l0_std": self.l0_std.compute(),
             "dead_fraction": self.dead_features.compute(),
-            "dying_fraction": dying_fraction(self.feature_density.compute(), int(tokens)),
+            **zipf_statistics(self.feature_density.compute(), int(tokens)),
             "tokens": tokens,
             **self.threshold_statistics(),
         }

@@ -77,7 +77,7 @@ def test_learns_in_a_plain_loop(make):
 @every_architecture
 def test_gradients_equal_dense_autograd(make):
     """The loss, written out with dense codes and no shortcut, has the same gradients."""
-    sae = make(dead_after_tokens=100).double()
+    sae = make(dead_after_tokens=100, dying_below=0.0).double()
     x = activations().double()
     sae.loss(x)  # sets the scale
     sae.tokens_since_fired[:20] = 1000  # so that AuxK has something to do
@@ -373,8 +373,8 @@ def test_nonsense_is_refused_in_one_line():
         sae.loss(activations().fill_(math.nan))
     with pytest.raises(ValueError, match="k_aux=0 must be at least 1"):
         TopKSAE(D_MODEL, N_FEATURES, K, k_aux=0)
-    with pytest.raises(ValueError, match="aux_k_coefficient=nan must be a finite number"):
-        TopKSAE(D_MODEL, N_FEATURES, K, aux_k_coefficient=math.nan)
+    with pytest.raises(ValueError, match="aux_coefficient=nan must be a finite number"):
+        TopKSAE(D_MODEL, N_FEATURES, K, aux_coefficient=math.nan)
     with pytest.raises(ValueError, match="n_features=0 must be at least 1"):
         StandardSAE(D_MODEL, 0)
     with pytest.raises(TypeError, match="abstract"):
@@ -428,3 +428,44 @@ def test_density_is_the_mean_until_the_window_is_full_and_then_follows():
     sae.loss(x)
     torch.testing.assert_close(sae.density, before + (now - before) / 3)
     assert sae.density.sum() == pytest.approx(K, rel=0.05)
+
+
+@every_architecture
+def test_dying_features_are_helped_by_their_deficit(make):
+    """The aux loss, written out with dense codes, has the same value and gradients."""
+    sae = make(dead_after_tokens=10**6, dying_below=0.5, aux_coefficient=1 / 32).double()
+    x = activations().double()
+    sae.loss(x)
+    # Densities along a law but for five features, two of which are dead.
+    sae.density = (0.4 / (torch.arange(N_FEATURES) + 2.0)).float()
+    sae.density[[10, 20, 30]] *= torch.tensor([0.1, 0.15, 0.7])
+    sae.density[[40, 41]] = 0
+    sae.tokens_since_fired[[40, 41]] = 10**6
+    sae.tokens_seen.fill_(10**6)
+    deficit, dead = sae.deficit(), sae.dead_features_mask()
+    dying = (deficit > 0.5) & ~dead
+    assert {10, 20} <= set(dying.nonzero().flatten().tolist())
+    assert not dying[30]
+    reference = copy.deepcopy(sae)
+
+    scaled = sae.scaled(x)
+    matches = sae.match(x)
+    error = scaled - sae.reconstruct(matches)
+    loss = sae.penalties(scaled, matches, error)["aux_zipf_loss"]
+    loss.backward()
+
+    affinities = reference.affinities(scaled)
+    dictionary = reference.W_dec / reference.W_dec.norm(dim=1, keepdim=True)
+    target = error.detach()
+    total = torch.zeros((), dtype=torch.float64)
+    for members, weight, places in ((dead, 0.5 * dead, 8), (dying, deficit, 1)):
+        weighted = (affinities * weight)[:, members].relu()
+        top = weighted.topk(min(places, int(members.sum())), dim=1)
+        codes = torch.zeros_like(weighted).scatter(1, top.indices, top.values)
+        left = (target - codes @ dictionary[members]).pow(2).mean()
+        total = total + left / (target - target.mean(0)).pow(2).mean()
+    (total / 32).backward()
+    torch.testing.assert_close(loss, total / 32)
+    for name in ("W_dec", "b_dec", "encoder.weight", "encoder.bias"):
+        ours, theirs = sae.get_parameter(name).grad, reference.get_parameter(name).grad
+        torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}")

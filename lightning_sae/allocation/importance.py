@@ -49,10 +49,11 @@ def score(
     if importance == "affinity":
         return affinities
     if importance == "decoder_norm":
-        return affinities * dictionary.norm(dim=1)
+        lengths: Tensor = dictionary.norm(dim=1)
+        return affinities * lengths
     if importance == "token_norm":
-        lengths = centred.norm(dim=1, keepdim=True)
-        return affinities / lengths.clamp_min(1e-12)  # a token at the origin has no direction
+        lengths = centred.norm(dim=1, keepdim=True).clamp_min(1e-12)  # of no token zero
+        return affinities / lengths
     if importance == "gain":
         removed = 2 * (centred @ dictionary.T) - affinities * dictionary.square().sum(1)
         return affinities.clamp_min(0) * removed

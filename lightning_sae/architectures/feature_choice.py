@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -10,17 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import (
-    Importance,
-    Matches,
-    feature_choice,
-    midpoint_thresholds,
-    mutual_choice,
+from lightning_sae.allocation import Importance, Matches, feature_choice, mutual_choice
+from lightning_sae.allocation.over_ranks import (
+    feature_choice_over_ranks,
+    midpoint_thresholds_over_ranks,
+    mutual_choice_over_ranks,
 )
-from lightning_sae.allocation.ranking import kth_largest
-from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.architectures.threshold import Scope, ThresholdSAE
 from lightning_sae.checks import require_choice, require_k, require_not_negative
-from lightning_sae.distributed import mean_over_ranks, world_size
+from lightning_sae.distributed import length_over_ranks, sum_over_ranks, world_size
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
 _LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
@@ -58,10 +56,14 @@ class FeatureChoiceSAE(ThresholdSAE):
         max_density: Share of a batch's tokens that one feature may take at most. Only for `zipf`.
         start_from: Checkpoint of an SAE of any architecture and the same shape, whose dictionary
             and densities training starts from. Set `mutual_choice_for` to 0 to keep its densities.
-        aux_k_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
-        k_aux: Dead features a token may use in that loss. Default: d_model / 2.
+        aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
+        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
+            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
+        k_aux: Dead, and dying, features a token may use in that loss. Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
+        scope: Under data parallelism, whether budgets are for all ranks' tokens, or each rank has
+            its own: `lightning_sae.architectures.threshold.Scope`.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
             decay to zero over the run.
@@ -93,10 +95,12 @@ class FeatureChoiceSAE(ThresholdSAE):
         min_matches: float = 1.0,
         max_density: float = 0.5,
         start_from: str | None = None,
-        aux_k_coefficient: float = 1 / 32,
+        aux_coefficient: float = 1 / 32,
+        dying_below: float = 0.5,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
         importance: Importance = "affinity",
+        scope: Scope = "global",
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -111,7 +115,8 @@ class FeatureChoiceSAE(ThresholdSAE):
         super().__init__(
             d_model,
             n_features,
-            aux_k_coefficient=aux_k_coefficient,
+            aux_coefficient=aux_coefficient,
+            dying_below=dying_below,
             k_aux=k_aux,
             dead_after_tokens=dead_after_tokens,
             importance=importance,
@@ -119,7 +124,9 @@ class FeatureChoiceSAE(ThresholdSAE):
             lr_scheduler=lr_scheduler,
         )
         require_k(k, n_features)
+        require_choice(scope=scope, of=get_args(Scope))
         self.k = k
+        self.scope = scope
         self.budgets = budgets
         self.mutual_choice_for = mutual_choice_for
         self.zipf_exponent = zipf_exponent
@@ -143,15 +150,17 @@ class FeatureChoiceSAE(ThresholdSAE):
             ValueError: If the batch is too small for `min_matches`, or `mutual_choice_for` is a
                 share of a run of no set length.
         """
-        tokens = scores.shape[0]
+        tokens = self.batch_tokens(scores)
         if not self.choosing and self._first_phase_is_over():
             self.begin_feature_choice(tokens)
         if not self.choosing:
             self._require_enough(tokens)
-            return mutual_choice(scores, self.k * tokens)
+            of_batch = mutual_choice if self.scope == "local" else mutual_choice_over_ranks
+            return of_batch(scores, self.k * tokens)
         # The same on every rank, and again after a resumption: tokens_seen is both.
         budgets = round_budgets(self.budgets_for(tokens), seed=int(self.tokens_seen))
-        return feature_choice(scores, budgets.clamp(max=tokens).to(scores.device))
+        of_features = feature_choice if self.scope == "local" else feature_choice_over_ranks
+        return of_features(scores, budgets.clamp(max=tokens).to(scores.device))
 
     def budgets_for(self, tokens: int) -> Tensor:
         """Return each feature's budget in a batch of so many tokens, once features choose.
@@ -195,7 +204,11 @@ class FeatureChoiceSAE(ThresholdSAE):
             try:
                 fit = fit_zipf(self.density, min(int(self.tokens_seen), self.dead_after_tokens))
                 exponent, offset = fit.exponent, fit.offset
-                rank_zero_info(f"Features choose from now on, with budgets along {fit}")
+                rank_zero_info(
+                    f"Features choose from now on: budgets follow (rank + {offset:.4g})^"
+                    f"-{exponent:.4g}, as densities do with R^2 = {fit.r2:.3f}, "
+                    f"{fit.r2_middle:.3f} in the middle ranks"
+                )
             except ZipfFitError as error:
                 rank_zero_warn(f"Budgets follow s={exponent}, q={offset}: {error}")
         return (
@@ -219,18 +232,13 @@ class FeatureChoiceSAE(ThresholdSAE):
     def _require_enough(self, tokens: int) -> None:
         total = self.k * tokens
         if self.budgets == "zipf" and total < self.min_matches * self.n_features:
-            needed = math.ceil(self.min_matches * self.n_features / self.k) * world_size()
+            batches = world_size() if self.scope == "local" else 1
+            needed = math.ceil(self.min_matches * self.n_features / self.k) * batches
             raise ValueError(
                 f"k={self.k} matches for each of {tokens} tokens cannot give each of "
                 f"n_features={self.n_features} features min_matches={self.min_matches}: "
                 f"batch_size={needed} or min_matches={total / self.n_features:.3g} can"
             )
-
-    def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
-        """Return the smallest chosen score of the first phase, the same for every feature."""
-        chosen = scores[matches.token, matches.feature]
-        cut = chosen.min() if len(matches) else scores.new_zeros(())
-        return cut.expand(self.n_features)
 
     def observe(self, scores: Tensor, matches: Matches) -> None:
         """Move each threshold towards the one that as many tokens pass as the budget allows."""
@@ -238,21 +246,23 @@ class FeatureChoiceSAE(ThresholdSAE):
             super().observe(scores, matches)
             return
         if self.threshold.isnan().any():  # features choose from the start
-            self.threshold.copy_(mean_over_ranks(midpoint_thresholds(scores, matches).float()))
+            self.threshold.copy_(midpoint_thresholds_over_ranks(scores, matches))
         # In proportion, because scores have no unit of their own. An average over the batches in
         # which a feature had a match, say, would let one with less than one a batch fire too often.
-        budgets = self.budgets_for(scores.shape[0]).to(self.threshold)
-        passing = mean_over_ranks((scores > self.threshold).sum(0).float())
+        budgets = self.budgets_for(length_over_ranks(scores)).to(self.threshold)
+        passing = sum_over_ranks((scores > self.threshold).sum(0))
         excess = ((passing - budgets) / budgets.clamp_min(1)).clamp(-1, 1)
         self.threshold.mul_((self.tracking * excess).exp()).clamp_min_(_LEAST)
 
     def calibrated(self, scaled: Tensor) -> Tensor:
         """Return the thresholds that give every feature its budget on these tokens."""
-        counts = self.budgets_for(len(scaled)).round().long().to(scaled.device)
+        if not self.choosing:
+            return super().calibrated(scaled)
+        tokens = length_over_ranks(scaled)
+        counts = self.budgets_for(tokens).round().long().clamp(max=tokens).to(scaled.device)
         thresholds = []
         for features in torch.arange(self.n_features, device=scaled.device).split(64):
-            columns = self.scores(scaled, features).T.contiguous()  # (64, tokens)
-            last = kth_largest(columns, counts[features].clamp(min=1))
-            first = kth_largest(columns, (counts[features] + 1).clamp(max=len(scaled)))
-            thresholds.append((last + first) / 2)
-        return torch.cat(thresholds).clamp_min(0)
+            scores = self.scores(scaled, features)  # (tokens, 64)
+            matches = feature_choice_over_ranks(scores, counts[features])
+            thresholds.append(midpoint_thresholds_over_ranks(scores, matches))
+        return torch.cat(thresholds)

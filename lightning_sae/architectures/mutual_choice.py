@@ -1,6 +1,7 @@
 """Mutual Choice: Ayonrinde 2024, https://arxiv.org/abs/2411.02124."""
 
 from collections.abc import Callable, Iterable
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Importance, Matches, mutual_choice
-from lightning_sae.architectures.threshold import ThresholdSAE
-from lightning_sae.checks import require_k
+from lightning_sae.allocation.over_ranks import mutual_choice_over_ranks
+from lightning_sae.architectures.threshold import Scope, ThresholdSAE
+from lightning_sae.checks import require_choice, require_k
 
 
 class MutualChoiceSAE(ThresholdSAE):
@@ -23,10 +25,14 @@ class MutualChoiceSAE(ThresholdSAE):
         d_model: Width of the activations.
         n_features: Size of the dictionary.
         k: Expected matches per token, 1 to n_features.
-        aux_k_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
-        k_aux: Dead features a token may use in that loss. Default: d_model / 2.
+        aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
+        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
+            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
+        k_aux: Dead, and dying, features a token may use in that loss. Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
+        scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has
+            its own: `lightning_sae.architectures.threshold.Scope`.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
             decay to zero over the run.
@@ -41,17 +47,20 @@ class MutualChoiceSAE(ThresholdSAE):
         n_features: int,
         k: int,
         *,
-        aux_k_coefficient: float = 1 / 32,
+        aux_coefficient: float = 1 / 32,
+        dying_below: float = 0.5,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
         importance: Importance = "affinity",
+        scope: Scope = "global",
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         super().__init__(
             d_model,
             n_features,
-            aux_k_coefficient=aux_k_coefficient,
+            aux_coefficient=aux_coefficient,
+            dying_below=dying_below,
             k_aux=k_aux,
             dead_after_tokens=dead_after_tokens,
             importance=importance,
@@ -59,23 +68,12 @@ class MutualChoiceSAE(ThresholdSAE):
             lr_scheduler=lr_scheduler,
         )
         require_k(k, n_features)
+        require_choice(scope=scope, of=get_args(Scope))
         self.register_threshold()
         self.k = k
+        self.scope = scope
 
     def choose(self, scores: Tensor) -> Matches:
         """Match the k * tokens pairs of largest score in the batch."""
-        return mutual_choice(scores, self.k * scores.shape[0])
-
-    def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
-        """Return the smallest chosen score; zero if nothing was positive."""
-        chosen = scores[matches.token, matches.feature]
-        return chosen.min() if len(matches) else scores.new_zeros(())
-
-    def calibrated(self, scaled: Tensor) -> Tensor:
-        """Return the midpoint of the last chosen and first rejected score of all pairs."""
-        budget = self.k * len(scaled)
-        largest = scaled.new_empty(0)
-        for tokens in scaled.split(1024):
-            largest = torch.cat([largest, self.scores(tokens).flatten()])
-            largest = largest.topk(min(budget + 1, len(largest))).values
-        return largest[-2:].mean().clamp_min(0)
+        choice = mutual_choice if self.scope == "local" else mutual_choice_over_ranks
+        return choice(scores, self.k * self.batch_tokens(scores))

@@ -22,13 +22,23 @@ class StandardSAE(SparseAutoencoder):
     all activations. The wider the activations, the larger a coefficient gives the same number of
     matches: the default suits d_model in the thousands.
 
+    Bricken et al. revive dead features by resampling: add
+    `lightning_sae.callbacks.ResampleDeadFeatures`. Their coefficients are for activations as they
+    come; the default here is that of Templeton et al. 2024 ("Scaling Monosemanticity"), who scale
+    activations as is done here and let the coefficient rise over the first 5% of a run.
+
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
         l1_coefficient: Weight of the L1 norm of the codes per token, in units in which a centred
             token has a mean squared length of d_model.
         l1_warmup_tokens: Tokens over which the weight rises linearly from zero.
-        dead_after_tokens: Tokens without a match after which a feature counts as dead.
+        aux_coefficient: Weight of a loss that revives dead features; the source has none.
+        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
+            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
+        k_aux: Dead, and dying, features a token may use in that loss. Default: d_model / 2.
+        dead_after_tokens: Tokens without a match after which a feature counts as dead. Bricken et
+            al.: 12,500 steps of 8,192 tokens.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
             decay to zero over the run.
@@ -44,7 +54,10 @@ class StandardSAE(SparseAutoencoder):
         l1_coefficient: float = 5.0,
         *,
         l1_warmup_tokens: int = 0,
-        dead_after_tokens: int = 10_000_000,
+        aux_coefficient: float = 0.0,
+        dying_below: float = 0.0,
+        k_aux: int | None = None,
+        dead_after_tokens: int = 102_400_000,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -52,7 +65,9 @@ class StandardSAE(SparseAutoencoder):
         super().__init__(
             d_model,
             n_features,
-            aux_k_coefficient=0.0,
+            aux_coefficient=aux_coefficient,
+            dying_below=dying_below,
+            k_aux=k_aux,
             dead_after_tokens=dead_after_tokens,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
@@ -69,7 +84,8 @@ class StandardSAE(SparseAutoencoder):
         return self.choose(scores)
 
     def penalties(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
-        """Return the L1 penalty."""
+        """Return the L1 penalty, and the loss that revives features if there is one."""
         warm = (self.tokens_seen / max(1, self.l1_warmup_tokens)).clamp(max=1.0)
         coefficient = self.l1_coefficient * (warm if self.l1_warmup_tokens else 1.0)
-        return {"sparsity_loss": coefficient * sparsity_loss(matches, self.d_model)}
+        sparsity = {"sparsity_loss": coefficient * sparsity_loss(matches, self.d_model)}
+        return sparsity | super().penalties(scaled, matches, error)

@@ -4,15 +4,26 @@ Source of the idea: Bussmann et al. 2024 (BatchTopK, arXiv 2412.06410), who aver
 chosen activation. How Ayonrinde 2024 evaluates without a batch is not known to us.
 """
 
-from abc import abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_sae.allocation import Matches, threshold_choice
-from lightning_sae.distributed import mean_over_ranks
+from lightning_sae.allocation.over_ranks import (
+    feature_choice_over_ranks,
+    midpoint_thresholds_over_ranks,
+)
+from lightning_sae.distributed import length_over_ranks, mean_over_ranks, min_over_ranks
 from lightning_sae.sae import SparseAutoencoder
+
+Scope = Literal["global", "local"]
+"""Which tokens are chosen from together, under data parallelism:
+
+* `global`: those of all ranks, so that the number of ranks does not show;
+* `local`: those of each rank by itself. It saves five small messages a batch, but ranks can no
+  longer share a budget by need, and the result depends on their number.
+"""
 
 
 class ThresholdSAE(SparseAutoencoder):
@@ -23,38 +34,61 @@ class ThresholdSAE(SparseAutoencoder):
             dictionaries improve, and a long average lags behind it: it would fire too rarely.
         threshold: Running average of what each training batch was cut at, float32, NaN until the
             first one. In the units of the scores: those of scaled activations, for affinities.
+        k: Expected matches per token.
+        scope: Which tokens are chosen from together.
     """
 
     averaging = 0.9
+    k: int
+    scope: Scope
     threshold: Tensor
 
     def register_threshold(self, *shape: int) -> None:
         """Add the buffer: one threshold, or with n_features as the shape one a feature."""
         self.register_buffer("threshold", torch.full(shape, torch.nan, dtype=torch.float32))
 
-    @abstractmethod
+    def batch_tokens(self, scores: Tensor) -> int:
+        """Return how many tokens are chosen from together: those of all ranks, or of this one."""
+        return len(scores) if self.scope == "local" else length_over_ranks(scores)
+
     def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
-        """Return what a batch was cut at, in the shape of `threshold`."""
+        """Return the smallest chosen score of a batch, 0-d; zero if nothing was positive."""
+        chosen = scores[matches.token, matches.feature]
+        smallest = chosen.min() if len(matches) else scores.new_tensor(torch.inf)
+        if self.scope == "global":
+            smallest = min_over_ranks(smallest)
+        smallest = smallest.where(smallest.isfinite(), 0)
+        return smallest if self.scope == "global" else mean_over_ranks(smallest)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Set the threshold to what gives exactly k matches a token on these activations.
 
         Training keeps thresholds near it; this is for the end of training, on tokens enough for
-        the rarest feature: 100 times the inverse of its density. Under data parallelism each rank
-        calibrates on its own tokens, and the mean is taken.
+        the rarest feature: 100 times the inverse of its density.
 
         Args:
-            x: Activations, shape (tokens, d_model).
+            x: Activations, shape (tokens, d_model). Under data parallelism, those of this rank; the
+                threshold is that of all together.
 
         Raises:
             ValueError: If x is not d_model wide.
         """
-        self.threshold.copy_(mean_over_ranks(self.calibrated(self.scaled(x)).float()))
+        self.threshold.copy_(self.calibrated(self.scaled(x)))
 
-    @abstractmethod
     def calibrated(self, scaled: Tensor) -> Tensor:
-        """Return `threshold` as these scaled activations (tokens, d_model) would have it."""
+        """Return `threshold` as all ranks' scaled activations (tokens, d_model) would have it.
+
+        By default the midpoint of the last chosen and first rejected score of all pairs, 0-d.
+        """
+        budget = self.k * length_over_ranks(scaled)
+        largest = scaled.new_empty(0)
+        for tokens in scaled.split(1024):
+            largest = torch.cat([largest, self.scores(tokens).flatten()])
+            largest = largest.topk(min(budget + 1, len(largest))).values
+        largest = largest.unsqueeze(1)  # as of one feature
+        matches = feature_choice_over_ranks(largest, torch.tensor([budget], device=scaled.device))
+        return midpoint_thresholds_over_ranks(largest, matches).squeeze(0)
 
     def choose_alone(self, scores: Tensor) -> Matches:
         """Match every pair whose score is above the threshold.
@@ -71,7 +105,7 @@ class ThresholdSAE(SparseAutoencoder):
 
     def observe(self, scores: Tensor, matches: Matches) -> None:
         """Move the threshold towards what this batch was cut at."""
-        seen = mean_over_ranks(self.batch_threshold(scores, matches).float())
+        seen = self.batch_threshold(scores, matches).float()
         first = self.threshold.isnan()
         self.threshold.copy_(
             torch.where(first, seen, self.threshold.lerp(seen, 1 - self.averaging))

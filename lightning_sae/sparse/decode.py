@@ -51,7 +51,7 @@ class _WithDictionaryGradient(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]  # torch does not annotate it
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         token, feature, order = ctx.matches.by_feature
         values = ctx.saved_tensors[0][order]

@@ -51,7 +51,7 @@ class _MatchedAffinities(torch.autograd.Function):
         return matches.value.detach().clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]  # torch does not annotate it
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, origin, weight = ctx.saved_tensors
         matches: Matches = ctx.matches

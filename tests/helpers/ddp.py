@@ -1,4 +1,4 @@
-"""Two processes that train together, started once a session, on which tests run functions."""
+"""Processes that train together, started once a session, on which tests run functions."""
 
 import atexit
 import functools
@@ -20,21 +20,30 @@ TIMEOUT = timedelta(seconds=60)
 def run_on_two(function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(rank, *args)`` at once on rank 0 and on rank 1 of a gloo process group.
 
+    `run_on` says the rest.
+    """
+    return run_on(WORLD_SIZE, function, *args)
+
+
+def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``function(rank, *args)`` at once on every rank of a gloo process group.
+
     Arguments and results are copied from process to process.
 
     Args:
+        world_size: Number of ranks.
         function: Found by name in the processes, so defined at the top level of a test module.
-        *args: Passed to both ranks. For something different on each, index it with the rank.
+        *args: Passed to all ranks. For something different on each, index it with the rank.
 
     Returns:
-        What it returned on rank 0 and on rank 1.
+        What it returned on each rank.
 
     Raises:
-        Exception: The first that either rank raised. The other may wait for it in vain, so the next
+        Exception: The first that any rank raised. The others may wait for it in vain, so the next
             call starts new processes.
         TimeoutError: If the ranks wait for each other for a minute.
     """
-    ranks = _ranks()
+    ranks = _ranks(world_size)
     futures = [each.submit(function, rank, *args) for rank, each in enumerate(ranks)]
     done, waiting = wait(futures, TIMEOUT.total_seconds(), return_when=FIRST_EXCEPTION)
     failures = [future.exception() for future in done if future.exception()]
@@ -47,21 +56,24 @@ def run_on_two(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 @functools.cache
-def _ranks() -> list[ProcessPoolExecutor]:
+def _ranks(world_size: int) -> list[ProcessPoolExecutor]:
     # One executor a rank: a pool of two could run both calls on the same process.
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     store = Path(folder.name, "store").as_uri()
     return [
         ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=_join, initargs=(rank, store)
+            1,
+            mp_context=get_context("spawn"),
+            initializer=_join,
+            initargs=(rank, world_size, store),
         )
-        for rank in range(WORLD_SIZE)
+        for rank in range(world_size)
     ]
 
 
-def _join(rank: int, store: str) -> None:
+def _join(rank: int, world_size: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=WORLD_SIZE, timeout=TIMEOUT
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT
     )
