@@ -3,31 +3,29 @@
 import contextlib
 import logging
 import shutil
-import sys
-import traceback
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import ActionConfigFile
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_sae
-from lightning_sae import ActivationDataModule, SparseAutoencoder
+from lightning_sae import SparseAutoencoder
+from lightning_sae.checkpoint import AtomicCheckpointIO, FiniteWeights, check_checkpoint
+from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.errors import one_line, one_line_errors
+from lightning_sae.signals import StopOnSignal, exit_on_signals
 
 PACKAGE = Path(lightning_sae.__file__).parent
-UNTOLD = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Expected a <class 'NoneType'>",
-    "Given value",
-)
-"""How lines of jsonargparse's messages begin that tell about its own workings."""
+SEEDS = 2**32 - 1
+LEAST = {
+    0: ("gradient_clip_val", "log_every_n_steps", "min_steps"),
+    1: ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"),
+}
+"""Values of the Trainer's settings below which it fails late, or not at all."""
 
 
 def main(args: ArgsType = None) -> None:
@@ -37,15 +35,16 @@ def main(args: ArgsType = None) -> None:
         args: Command line, without the program's name. Default: that of the process.
     """
     _silence_noise()
-    try:
+    with exit_on_signals(), one_line_errors():
         SparseAutoencoderCLI(
             SparseAutoencoder,
-            ActivationDataModule,
+            FrozenModelDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [FiniteWeights(), StopOnSignal()]},
             parser_kwargs={
                 "prog": "lightning_sae",
                 "description": "Train and evaluate sparse autoencoders on transformer activations.",
@@ -53,21 +52,17 @@ def main(args: ArgsType = None) -> None:
             },
             args=args,
         )
-    except Exception as error:
-        told = _about_the_input(error)
-        if told is None:
-            raise
-        sys.exit(f"lightning_sae: error: {' '.join(str(told).split())}")
 
 
 class Parser(LightningArgumentParser):
     """A parser that reports a mistake in one line, without a screenful of usage."""
 
+    reading = ""
+    """The configuration that is being read, and so has the mistake."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what of the message is about the user's input, and exit with 2."""
-        lines = (line.strip(" -") for line in message.splitlines())
-        told = ": ".join(line.rstrip(":") for line in lines if not line.startswith(UNTOLD))
-        self.exit(2, f"lightning_sae: error: {told}\n")
+        self.exit(2, f"{one_line(self.reading + message)}\n")
 
 
 class ConfigFile(ActionConfigFile):
@@ -77,7 +72,12 @@ class ConfigFile(ActionConfigFile):
         self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
     ) -> None:
         """Parse the file and add its keys to `cfg`."""
-        self.apply_config(parser, cfg, self.dest, find_config(values))
+        parser.reading = f"config={values}\n"
+        try:
+            self.apply_config(parser, cfg, self.dest, find_config(values))
+        except UnicodeDecodeError as error:
+            parser.error(str(error), error)
+        parser.reading = ""
 
 
 def find_config(name: str) -> str:
@@ -114,8 +114,30 @@ class SparseAutoencoderCLI(LightningCLI):
         commands = LightningCLI.subcommands()
         return {name: hidden | {"verbose", "weights_only"} for name, hidden in commands.items()}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse what would be ignored or found out too late."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        width = config.model.get("init_args", {}).get("d_model")
+        if width is not None:
+            parser.error(f"model.d_model={width}: leave it out, it is the language model's")
+        if not 0 <= config.seed_everything <= SEEDS:
+            parser.error(f"seed_everything={config.seed_everything} must be 0 to {SEEDS}")
+        for least, names in LEAST.items():
+            for name in names:
+                value = config.trainer[name]
+                if isinstance(value, int | float) and value < least:
+                    parser.error(f"trainer.{name}={value} must be at least {least}")
+
     def _parse_ckpt_path(self) -> None:
         """Keep to the configuration: a checkpoint's hyperparameters must not override it."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer, which saves atomically unless the user names another way."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.strategy._checkpoint_io is None:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     def before_fit(self) -> None:
         """Refuse a run that would never end."""
@@ -166,30 +188,7 @@ class SparseAutoencoderCLI(LightningCLI):
             return
         if path is None or not Path(path).is_file():
             raise ValueError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            complete = {"W_dec"} <= found["state_dict"].keys() and "loops" in found
-        except (RuntimeError, UnpicklingError, KeyError, AttributeError, EOFError):
-            complete = False
-        if not complete:
-            raise ValueError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
-
-
-def _about_the_input(error: BaseException) -> BaseException | None:
-    """Return the error, or the one behind it, if it was raised to tell the user of their input.
-
-    Such are those that this package raises, those that Lightning raises about settings, and files
-    that are not there. Anything else is a bug, and its traceback is wanted.
-    """
-    link: BaseException | None = error
-    while link is not None:
-        last = traceback.extract_tb(link.__traceback__)[-1]
-        ours = Path(last.filename).is_relative_to(PACKAGE)
-        if ours and (last.line or "").startswith("raise "):
-            return link
-        link = link.__cause__  # jsonargparse wraps what a constructor raises
-    told = (MisconfigurationException, FileNotFoundError)
-    return error if isinstance(error, told) else None
+        check_checkpoint(path)
 
 
 def _silence_noise() -> None:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pickle import UnpicklingError
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -207,6 +207,16 @@ class SparseAutoencoder(Dictionary, ABC):
             centred=scaled - wide(self.b_dec),
             dictionary=self.directions(features),
         )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a trained SAE as Lightning does, running nothing that the file or URL may hold.
+
+        In Lightning 2.6.6 a checkpoint can name functions to call in place of an optimizer, also
+        one loaded with `weights_only=True`; `LightningModule.load_from_checkpoint` calls them.
+        """
+        safe = {"weights_only": True, "_instantiator": None}
+        return super().load_from_checkpoint(checkpoint_path, *args, **(kwargs | safe))
 
     # Training
 

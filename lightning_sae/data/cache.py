@@ -66,7 +66,12 @@ class ActivationCache:
     def _save(self, activations: Tensor, file: Path) -> None:
         from safetensors.torch import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"cache_dir: {self.folder} cannot be made: {error.strerror}"
+            ) from error
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             save_file({"activations": activations.cpu().contiguous()}, temporary)

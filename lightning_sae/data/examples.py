@@ -94,7 +94,7 @@ def _load(
     where, files = _where(modality, called, path)
     try:
         return load_dataset(where, config, **files, **options)
-    except (DatasetsError, OSError, StopIteration, ValueError) as error:
+    except (DatasetsError, OSError, RuntimeError, StopIteration, ValueError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, SchemaInferenceError | StopIteration):  # what an empty file raises
             raise _nothing(modality, called) from error
@@ -125,7 +125,10 @@ def _split(splits: Any, key: str, name: str, called: str) -> Any:
 
 def _only(examples: Any, column: str, modality: Modality, called: str) -> Any:
     # A streamed data set may not know its columns before its first example.
-    columns = examples.column_names or list(next(iter(examples), {}))
+    try:
+        columns = examples.column_names or list(next(iter(examples), {}))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{called} cannot be read: {str(error).splitlines()[0]}") from error
     if not columns or (hasattr(examples, "__len__") and len(examples) == 0):
         raise _nothing(modality, called)
     if column not in columns:

@@ -119,13 +119,17 @@ class FrozenModel(ABC):
 
     def _from_pretrained(self, auto_class: Any, **options: Any) -> Any:
         with self._one_line_errors():
-            return auto_class.from_pretrained(self._path, revision=self._revision, **options)
+            return auto_class.from_pretrained(
+                self._path, revision=self._revision, trust_remote_code=False, **options
+            )
 
     @contextmanager
     def _one_line_errors(self) -> Iterator[None]:
+        from safetensors import SafetensorError
+
         try:
             yield
-        except (ImportError, OSError, ValueError) as error:
+        except (ImportError, OSError, SafetensorError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             if self._path.startswith((".", "/")) and not Path(self._path).is_dir():
                 reason = "there is no such folder"

@@ -50,6 +50,13 @@ class LanguageModel(FrozenModel):
     def _load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return self._from_pretrained(
-            AutoModelForCausalLM, dtype=getattr(torch, self.dtype), use_safetensors=True
+        model, found = self._from_pretrained(
+            AutoModelForCausalLM,
+            dtype=getattr(torch, self.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        if found["missing_keys"]:  # which transformers would make up
+            missing = min(found["missing_keys"])
+            raise ValueError(f"model_name={self.name!r}: its files lack the weights {missing}")
+        return model

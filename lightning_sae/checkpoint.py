@@ -1,0 +1,118 @@
+"""Checkpoints that are whole or not there, and never of weights that are broken."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+__all__ = ["AtomicCheckpointIO", "FiniteWeights", "check_checkpoint"]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target and then gives it its name, which cannot half happen.
+
+    Whatever interrupts it, `kill -9`, a full disk or a power failure, the file of that name is
+    the earlier one or the new one, complete. A killed process can leave one `NAME.tmp`, which the
+    next save to that name overwrites. Lightning's own way is not atomic where the folder for
+    temporary files is on another file system.
+
+    Targets that are URLs (`s3://...`) are saved as Lightning does.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Save a checkpoint.
+
+        Args:
+            checkpoint: What to save.
+            path: Where to save it; missing folders are made.
+            storage_options: Not for this class; None.
+
+        Raises:
+            OSError: It cannot be written; an earlier file of that name is intact.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        temporary = target.with_name(f"{target.name}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        except (OSError, RuntimeError) as error:  # torch hides some of the first in the second
+            reason = error.__context__ if isinstance(error, RuntimeError) else error
+            _discard(temporary)
+            raise OSError(
+                f"the checkpoint {target} cannot be written: {reason or error}"
+            ) from error
+
+
+class FiniteWeights(pl.Callback):
+    """Refuses to save weights that have become NaN or infinite: the last checkpoint is a good one.
+
+    Else a step that breaks them could be saved before the next one notices.
+    """
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Check the weights.
+
+        Raises:
+            ValueError: They are not finite.
+        """
+        for name, weights in pl_module.named_parameters():
+            if not bool(weights.sum(dtype=torch.float64).isfinite()):  # NaN and Inf survive the sum
+                raise ValueError(
+                    f"{name} has NaN or Inf after {trainer.global_step} steps, which is not saved: "
+                    "lower the learning rate, and go on from an earlier checkpoint"
+                )
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Read a file through, running nothing that is in it.
+
+    Raises:
+        ValueError: It is no checkpoint of an SAE, or not as it was written: cut short, a bit
+            flipped (which torch by itself does not notice), or made to unpack to more than it is.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+            intact = unpacked <= Path(path).stat().st_size and archive.testzip() is None
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if intact else {}
+        complete = "loops" in found and "W_dec" in found["state_dict"]
+    except Exception:  # there is no end to what broken files raise
+        complete = False
+    if not complete:
+        raise ValueError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder outlive a power failure, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _discard(temporary: Path) -> None:
+    """Delete a file, or not."""
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:  # its folder cannot be written to either
+        return

@@ -1,0 +1,19 @@
+"""A process that does nothing but save checkpoints, to be killed."""
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from lightning_sae.checkpoint import AtomicCheckpointIO
+
+SIZE = 300_000
+
+
+def checkpoint(number: int) -> dict:
+    return {"number": number, "weights": torch.full((SIZE,), float(number))}
+
+
+def save_forever(path: Path, first: int) -> None:
+    for number in itertools.count(first):
+        AtomicCheckpointIO().save_checkpoint(checkpoint(number), path)

@@ -1,0 +1,157 @@
+"""A signal at any moment: the run ends with a checkpoint that goes on bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sae import SparseAutoencoder
+from lightning_sae.cli import main
+from tests.faults.runs import arguments, command, curves, same, state
+
+# Lightning remarks on settings that a six-step run must have.
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+TERM, INT = (signal.SIGTERM, 143), (signal.SIGINT, 130)
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Returns the state and the curves of a run that nothing stopped."""
+    known: dict[int, Any] = {}
+
+    def run(accumulate: int) -> Any:
+        if accumulate not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                main(arguments(data__text=text, trainer__accumulate_grad_batches=accumulate))
+            version = folder / "runs/topk/version_0"
+            known[accumulate] = state(version / "checkpoints/last.ckpt"), curves(version)
+        return known[accumulate]
+
+    return run
+
+
+def signal_in(patch: pytest.MonkeyPatch, method: str, call: int, number: int) -> None:
+    """Have this process sent a signal in the given call of a method of the SAE."""
+    calls = 0
+    original = getattr(SparseAutoencoder, method)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    patch.setattr(SparseAutoencoder, method, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "accumulate", "sent", "steps"),
+    [
+        ("training_step", 2, 1, TERM, 2),
+        ("optimizer_step", 5, 1, INT, 5),
+        ("training_step", 4, 3, TERM, 2),  # between two optimizer steps, before a validation
+        ("training_step", 5, 2, INT, 3),
+        ("validation_step", 2, 1, TERM, 3),
+        ("validation_step", 2, 1, INT, 3),
+        ("on_validation_epoch_end", 1, 1, TERM, 4),
+    ],
+)
+def test_a_run_goes_on_bit_for_bit(
+    method, call, accumulate, sent, steps, whole, text, tmp_path, monkeypatch
+):
+    number, code = sent
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    settings = {"data__text": text, "trainer__accumulate_grad_batches": accumulate}
+    with monkeypatch.context() as patch:
+        signal_in(patch, method, call, number)
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments(**settings))
+    assert exit_.value.code == code
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    stopped, resumed = (tmp_path / f"runs/topk/version_{version}" for version in (0, 1))
+    last = stopped / "checkpoints/last.ckpt"
+    assert state(last)["global_step"] == steps
+
+    main(arguments(**settings, ckpt_path=last))
+    expected, logged = whole(accumulate)
+    assert same(state(resumed / "checkpoints/last.ckpt"), expected)
+    again = curves(stopped, resumed)
+    given_up = {key for key in logged if key not in again}
+    assert again == {key: value for key, value in logged.items() if key not in given_up}
+    assert all(name.startswith("val/") for name, _ in given_up)  # of one validation at most
+    assert len({step for _, step in given_up}) <= 1
+
+
+@pytest.mark.parametrize("sent", [TERM, INT])
+def test_before_the_first_step_there_is_nothing_to_save(sent, text, tmp_path, monkeypatch):
+    signal_in(monkeypatch, "configure_optimizers", 1, sent[0])
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments(data__text=text))
+    assert exit_.value.code == sent[1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_is_queued_again_by_slurm(whole, text, tmp_path, monkeypatch):
+    """The job is told that its time is up, asks for more, and is stopped; then started again."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (bin_ / "scontrol").chmod(0o755)
+    job = {"JOB_ID": 7, "JOB_NAME": "sae", "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    with monkeypatch.context() as patch:
+        signal_in(patch, "training_step", 2, signal.SIGUSR1)
+        signal_in(patch, "optimizer_step", 4, signal.SIGTERM)
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments(data__text=text))
+    assert exit_.value.code == 143
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert state(tmp_path / "hpc_ckpt_1.ckpt")["global_step"] == 2
+    main(arguments(data__text=text))  # the same command
+    last = tmp_path / "runs/topk/version_1/checkpoints/last.ckpt"
+    assert same(state(last), whole(1)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("sent", [TERM, INT])
+def test_a_process_of_its_own(devices, sent, text, tmp_path, monkeypatch):
+    """The whole command, at a moment that chance decides; with two ranks, one is told."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    settings = {"data__text": text, "trainer__max_steps": 100_000}
+    settings |= {"trainer__devices": devices, "trainer__val_check_interval": 5}
+    if devices > 1:
+        settings["trainer__strategy"] = "ddp"
+    with subprocess.Popen(command(**settings), stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+        while not list(tmp_path.rglob("events.out.*")) and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(10)
+        process.send_signal(sent[0])
+        start = time.monotonic()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == sent[1], said
+    assert time.monotonic() - start < 30
+    assert state(tmp_path / "runs/topk/version_0/checkpoints/last.ckpt")["global_step"] > 0
+    assert "Traceback" not in said
+    assert not [line for line in children(sys.executable) if str(tmp_path) in line]
+
+
+def children(program: str) -> list[str]:
+    """The command lines of all processes that run a program."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(file.read_text().replace("\0", " "))
+        except OSError:  # it has just ended
+            continue
+    return [line for line in lines if line.startswith(program)]
