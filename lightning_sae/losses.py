@@ -84,13 +84,14 @@ def aux_zipf_loss(
     added. Each group has slots of its own: in a common pool the dying, which have the larger
     affinities, leave none to the dead. The dying have fewer, so that each aims at whole features.
 
-    Codes are weighted before they are decoded: those of the dying by their deficits, and those of
-    the dead by `1 - dying_below`, the smallest deficit of any dying feature. So a dead feature must
-    have `1 / (1 - dying_below)` times the affinity that explains the error. Without that it never
-    fires: what the choice of matches left out lies, feature by feature, below its threshold.
+    Codes of the dying are weighted by their deficits before they are decoded. The dead are asked
+    for `1 / (1 - dying_below)` times the error, as much as a weight like that of the healthiest of
+    the dying would ask. A dead feature that modelled the error as it is would never fire: what the
+    choice of matches left out lies, feature by feature, below its threshold. Either squared error
+    is divided by the variance of the error itself.
 
-    As `dying_below` goes to zero there are no dying features and the dead have a weight of one:
-    at zero this is `aux_k_loss` exactly.
+    As `dying_below` goes to zero there are no dying features left, and the dead are asked for the
+    error as it is: at zero this is `aux_k_loss` exactly.
     Source: Ayonrinde 2024 (arXiv 2411.02124) names this loss as a generalisation of `aux_k_loss`
     to underused features. Its formula was not available; this one is a reconstruction.
 
@@ -112,11 +113,13 @@ def aux_zipf_loss(
         >>> error = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
         >>> affinities, rows = torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.eye(2)[[0, 0]]
         >>> aux_zipf_loss(affinities, error, rows, torch.tensor([0.6]), k_aux=8, dying_below=0.5)
-        tensor(1.0800)
+        tensor(2.5800)
     """
     if not 0 <= dying_below < 1:
         raise ValueError(f"dying_below={dying_below} is a share of a density: 0 to less than 1")
     dead = len(dictionary) - len(deficits)
-    weighted = affinities[:, :dead] * (1 - dying_below), affinities[:, dead:] * deficits
-    of_dead = aux_k_loss(weighted[0], error, dictionary[:dead], k_aux)
-    return of_dead + aux_k_loss(weighted[1], error, dictionary[dead:], max(1, k_aux // 8))
+    gain = 1 / (1 - dying_below)
+    of_dead = aux_k_loss(affinities[:, :dead], gain * error, dictionary[:dead], k_aux)
+    weighted = affinities[:, dead:] * deficits
+    of_dying = aux_k_loss(weighted, error, dictionary[dead:], max(1, k_aux // 8))
+    return gain**2 * of_dead + of_dying  # aux_k_loss divides by the variance of its target

@@ -38,6 +38,7 @@ L1 = {
 
 NO_AUX, AUX_K = {"aux_coefficient": 0}, {"dying_below": 0}
 UNIFORM, FROM_SCRATCH = {"budgets": "uniform"}, {"mutual_choice_for": 0}
+TOKEN_NORM = {"importance": "token_norm"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),
     "topk": ("topk", NO_AUX),
@@ -49,12 +50,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "feature uniform, aux_zipf": ("feature_choice", UNIFORM),
     "feature zipf": ("feature_choice", NO_AUX),
     "feature zipf, aux_zipf": ("feature_choice", {}),
+    "mutual by token_norm, aux_zipf": ("mutual_choice", TOKEN_NORM),
+    "feature zipf by token_norm, aux_zipf": ("feature_choice", TOKEN_NORM),
 }
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {  # for one k only
     "feature zipf from scratch, aux_zipf": ("feature_choice", FROM_SCRATCH),
-    "mutual by token_norm, aux_zipf": ("mutual_choice", {"importance": "token_norm"}),
     "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"}),
-    "feature zipf by token_norm, aux_zipf": ("feature_choice", {"importance": "token_norm"}),
 }
 
 

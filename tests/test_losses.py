@@ -88,7 +88,7 @@ def test_aux_zipf_loss_without_a_threshold_is_exactly_aux_k_loss():
 def test_aux_zipf_loss_adds_the_losses_of_two_groups_with_weighted_codes(k_aux, k_dying):
     affinities, error, dictionary, deficits = dead_and_dying(20, 7)
     dead, dying = affinities[:, :20] * 0.4, affinities[:, 20:] * deficits
-    expected = dense_aux_k(dead, error, dictionary[:20], k_aux)
+    expected = dense_aux_k(dead, error, dictionary[:20], k_aux) / 0.4**2
     expected = expected + dense_aux_k(dying, error, dictionary[20:], k_dying)
     loss = aux_zipf_loss(affinities, error, dictionary, deficits, k_aux=k_aux, dying_below=0.6)
     torch.testing.assert_close(loss, expected)

@@ -16,9 +16,13 @@ from lightning_sae.sae import activations_in
 class CalibrateThresholds(Callback):
     """Calibrates the SAE's thresholds on validation tokens, right after the last training step.
 
-    The thresholds that training keeps are close, but noisy for rare features. The last checkpoint
-    and validation have the calibrated ones. It needs a set number of steps and validation data;
-    without them, and for architectures that have no threshold, it does nothing.
+    The last checkpoint and validation then have the calibrated thresholds. Those that training
+    keeps are noisier, but of more documents, and a rare feature fires in few: calibrated on 65,536
+    tokens, about 20 documents, Feature Choice fired 15 % too often on others, and by the thresholds
+    of training not 1 %. So this is for validation data of many documents.
+
+    It needs a set number of steps and validation data; without them, and for architectures that
+    have no threshold, it does nothing.
 
     Args:
         tokens: Tokens to calibrate on, over all devices, in whole batches, or all if there are
