@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sae.allocation import Matches, token_choice
+from lightning_sae.distributed import mean_over_ranks
 from lightning_sae.sparse import weighted_sum
 
 
@@ -61,7 +62,8 @@ def aux_k_loss(affinities: Tensor, error: Tensor, dictionary: Tensor, k_aux: int
     if dead == 0:
         return affinities.sum() * 0.0
     target = error.detach()
-    variance = (target - target.mean(0)).square().mean()
+    mean = mean_over_ranks(target.mean(0))
+    variance = mean_over_ranks((target - mean).square().mean())
     weight = torch.where(variance > 0, 1 / variance, 0.0)  # a branch would wait for the device
     matches = token_choice(affinities, min(k_aux, dead))
     return (target - weighted_sum(matches, dictionary)).square().mean() * weight

@@ -142,7 +142,7 @@ def test_a_local_configuration_comes_before_the_packaged_one(tmp_path: Path):
 def test_a_budget_below_one_match_a_feature_is_told(tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments("fit", "feature_choice.yaml", model__n_features="9000"))
-    assert_told(exit_, "batch_size=563 or more", capsys)
+    assert_told(exit_, "batch_size=563 or min_matches", capsys)
     assert not list(tmp_path.iterdir())
 
 

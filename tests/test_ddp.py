@@ -77,17 +77,11 @@ def train(rank: int, case: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, sae.state_dict()
 
 
-LOCAL_VARIANCE = pytest.mark.xfail(
-    strict=True, reason="aux_k_loss divides by the variance of the error on each rank"
-)
-
-
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
-        *((case, 2) for case in CASES if case != "mutual, helping dead and dying"),
+        *((case, 2) for case in CASES),
         ("feature, both phases", 4),
-        pytest.param("mutual, helping dead and dying", 2, marks=LOCAL_VARIANCE),
     ],
 )
 def test_ranks_train_as_one_would(case: str, ranks: int):

@@ -458,11 +458,11 @@ def test_dying_features_are_helped_by_their_deficit(make):
     dictionary = reference.W_dec / reference.W_dec.norm(dim=1, keepdim=True)
     target = error.detach()
     total = torch.zeros((), dtype=torch.float64)
-    for members, weight, places in ((dead, 0.5 * dead, 8), (dying, deficit, 1)):
+    for members, weight, places, part in ((dead, dead, 8, 2), (dying, deficit, 1, 1)):
         weighted = (affinities * weight)[:, members].relu()
         top = weighted.topk(min(places, int(members.sum())), dim=1)
         codes = torch.zeros_like(weighted).scatter(1, top.indices, top.values)
-        left = (target - codes @ dictionary[members]).pow(2).mean()
+        left = (part * target - codes @ dictionary[members]).pow(2).mean()
         total = total + left / (target - target.mean(0)).pow(2).mean()
     (total / 32).backward()
     torch.testing.assert_close(loss, total / 32)

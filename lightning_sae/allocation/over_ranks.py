@@ -138,12 +138,10 @@ def _bracket(rows: Tensor, counts: Tensor, columns: int) -> tuple[Tensor, Tensor
     and what it reserved is rounded up by less than one.
     """
     reserved = -(-counts * rows.shape[1] // max(columns, 1))  # rounded up
+    # Where a rank has nothing to reserve its cut is infinite, and no entry is sure of its place.
     cut = kth_largest(rows, reserved)
-    # A rank that reserved nothing has no cut, and an infinite one bounds nothing.
-    cuts = torch.stack([cut, torch.where(reserved > 0, -cut, torch.inf)])
-    low, minus_high = min_over_ranks(cuts)
-    high = torch.where(counts > 0, -minus_high, torch.inf)  # nothing is sure of no place
-    return low, high.clamp_min(0)
+    low, minus_high = min_over_ranks(torch.stack([cut, -cut]))
+    return low, (-minus_high).clamp_min(0)
 
 
 def _among_largest(candidates: Tensor, vacancies: Tensor) -> Tensor:

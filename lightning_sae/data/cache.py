@@ -69,9 +69,7 @@ class ActivationCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
-                f"cache_dir: {self.folder} cannot be made: {error.strerror}"
-            ) from error
+            raise ValueError(f"cache_dir: cannot make '{self.folder}': {error.strerror}") from error
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             save_file({"activations": activations.cpu().contiguous()}, temporary)

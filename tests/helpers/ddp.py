@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 WORLD_SIZE = 2
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=3)
 
 
 def run_on_two(function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -41,7 +41,7 @@ def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[An
     Raises:
         Exception: The first that any rank raised. The others may wait for it in vain, so the next
             call starts new processes.
-        TimeoutError: If the ranks wait for each other for a minute.
+        TimeoutError: If it takes longer than `TIMEOUT`: ranks wait for each other in vain.
     """
     ranks = _ranks(world_size)
     futures = [each.submit(function, rank, *args) for rank, each in enumerate(ranks)]
@@ -61,7 +61,7 @@ def _ranks(world_size: int) -> list[ProcessPoolExecutor]:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     store = Path(folder.name, "store").as_uri()
-    return [
+    ranks = [
         ProcessPoolExecutor(
             1,
             mp_context=get_context("spawn"),
@@ -70,6 +70,9 @@ def _ranks(world_size: int) -> list[ProcessPoolExecutor]:
         )
         for rank in range(world_size)
     ]
+    # Imports take long on a busy machine, and are not what TIMEOUT is for.
+    wait([each.submit(dist.barrier) for each in ranks], TIMEOUT.total_seconds())
+    return ranks
 
 
 def _join(rank: int, world_size: int, store: str) -> None:
