@@ -2,9 +2,14 @@
 
 import os
 
+import torch
+
 # Before the libraries are imported: nothing may ask a hub, whatever a test names.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Lightning 2.6 calls functions that jsonargparse deprecates from 4.49 on.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+# The tensors are tiny: a second thread costs more than it does, many times more on a busy machine.
+torch.set_num_threads(1)

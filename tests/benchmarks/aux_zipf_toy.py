@@ -29,7 +29,7 @@ form: dead and dying features share slots, and codes are weighted by deficits al
            512     1  none           0.3203   26.0%   49.5%   28.7%
 
 What is revived where features are surplus fires rarely: hence the share of the dying. A run takes
-about 20 seconds on an idle core. Names of losses as arguments restrict the table to them.
+about 20 seconds of one core. Names of losses as arguments restrict the table to them.
 """
 
 import sys
