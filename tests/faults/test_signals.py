@@ -132,7 +132,7 @@ def test_a_process_of_its_own(devices, sent, text, tmp_path, monkeypatch):
     settings |= {"trainer__devices": devices, "trainer__val_check_interval": 5}
     if devices > 1:
         settings["trainer__strategy"] = "ddp"
-    with subprocess.Popen(command(**settings), stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+    with subprocess.Popen(command(**settings), stderr=subprocess.PIPE, text=True) as process:  # noqa: S603 - ours
         while not list(tmp_path.rglob("events.out.*")) and process.poll() is None:
             time.sleep(0.1)
         time.sleep(10)
