@@ -19,10 +19,10 @@ def require_not_negative(**values: float) -> None:
 
 
 def require_share(**values: float) -> None:
-    """Raise ValueError unless all are within 0 .. 1."""
+    """Raise ValueError unless all are at least 0 and less than 1."""
     for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} must be a share, 0 to 1")
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must be a share, 0 to less than 1")
 
 
 def require_k(k: int, n_features: int) -> None:

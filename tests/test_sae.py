@@ -469,3 +469,9 @@ def test_dying_features_are_helped_by_their_deficit(make):
     for name in ("W_dec", "b_dec", "encoder.weight", "encoder.bias"):
         ours, theirs = sae.get_parameter(name).grad, reference.get_parameter(name).grad
         torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, math.nan])
+def test_dying_below_is_a_share(share: float):
+    with pytest.raises(ValueError, match=r"dying_below=.* must be a share, 0 to less than 1"):
+        TopKSAE(D_MODEL, N_FEATURES, K, dying_below=share)
