@@ -25,7 +25,7 @@ class StandardSAE(SparseAutoencoder):
     Bricken et al. revive dead features by resampling: add
     `lightning_sae.callbacks.ResampleDeadFeatures`. Their coefficients are for activations as they
     come; the default here is that of Templeton et al. 2024 ("Scaling Monosemanticity"), who scale
-    activations as is done here and let the coefficient rise over the first 5% of a run.
+    activations as is done here.
 
     Args:
         d_model: Width of the activations.

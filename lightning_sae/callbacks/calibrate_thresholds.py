@@ -18,7 +18,7 @@ class CalibrateThresholds(Callback):
 
     The last checkpoint and validation then have the calibrated thresholds. Those that training
     keeps are noisier, but of more documents, and a rare feature fires in few: calibrated on 65,536
-    tokens, about 20 documents, Feature Choice fired 15 % too often on others, and by the thresholds
+    tokens, about ten documents, Feature Choice fired 15 % too often on others, and by the thresholds
     of training not 1 %. So this is for validation data of many documents.
 
     It needs a set number of steps and validation data; without them, and for architectures that
