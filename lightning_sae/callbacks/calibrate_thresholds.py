@@ -18,8 +18,8 @@ class CalibrateThresholds(Callback):
 
     The last checkpoint and validation then have the calibrated thresholds. Those that training
     keeps are noisier, but of more documents, and a rare feature fires in few: calibrated on 65,536
-    tokens, about ten documents, Feature Choice fired 15 % too often on others, and by the thresholds
-    of training not 1 %. So this is for validation data of many documents.
+    tokens, about ten documents, Feature Choice fired 15 % too often on others, and not 1 % by the
+    thresholds of training. So this is for validation data of many documents.
 
     It needs a set number of steps and validation data; without them, and for architectures that
     have no threshold, it does nothing.
