@@ -11,7 +11,7 @@ from lightning_sae.allocation import Matches
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed import sum_over_ranks
 from lightning_sae.metrics.base import widest_float
-from lightning_sae.sparse import matched_affinities, weighted_sum
+from lightning_sae.sparse import dot_rows, matched_affinities, sum_directions
 
 
 class Dictionary(pl.LightningModule):
@@ -84,7 +84,7 @@ class Dictionary(pl.LightningModule):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Give every row of `W_dec` unit norm again. Call it after each optimizer step."""
-        self.W_dec.copy_(functional.normalize(self.W_dec, dim=1))
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
 
     def affinities(self, scaled: Tensor, features: Tensor | None = None) -> Tensor:
         """Return the affinities of scaled activations with all features, or with some.
@@ -108,17 +108,8 @@ class Dictionary(pl.LightningModule):
     def decode(self, codes: Tensor) -> Tensor:
         """Return the activations (..., d_model) that codes (..., n_features) stand for."""
         with torch.autocast(codes.device.type, enabled=False):
-            dictionary = self.directions()
+            dictionary = functional.normalize(wide(self.W_dec), dim=1)
             return (codes.to(dictionary.dtype) @ dictionary + wide(self.b_dec)) / self.input_scale
-
-    def directions(self, features: Tensor | None = None) -> Tensor:
-        """Return decoder rows of unit norm, of all features or of some, in float32 or wider.
-
-        Stored rows have unit norm between steps already; to normalise them inside the graph too
-        makes it true in any training loop, and projects their gradient orthogonal to them.
-        """
-        rows = self.W_dec if features is None else self.W_dec[features]
-        return functional.normalize(wide(rows), dim=1)
 
     def scaled(self, x: Tensor) -> Tensor:
         """Return activations (tokens, d_model) in units in which codes are computed, float32.
@@ -129,16 +120,28 @@ class Dictionary(pl.LightningModule):
         self._check_width(x)
         return wide(x) * self.input_scale
 
+    @torch.no_grad()
+    def affinities_of(self, scaled: Tensor, matches: Matches) -> Tensor:
+        """Return the affinities (matches,) of pairs that were chosen by something else."""
+        with torch.autocast(scaled.device.type, enabled=False):
+            weight, bias = self._encoder()
+            centred = scaled - wide(self.b_dec)
+            return dot_rows(centred, matches.token, weight, matches.feature) + bias[matches.feature]
+
     def with_gradient(self, scaled: Tensor, matches: Matches) -> Matches:
         """Return matches whose values, chosen without autograd, have the encoder's gradient."""
         with torch.autocast(scaled.device.type, enabled=False):
             values = matched_affinities(scaled, wide(self.b_dec), *self._encoder(), matches)
-        return Matches(matches.token, matches.feature, values, matches.shape)
+        return matches.with_values(values)
 
     def reconstruct(self, matches: Matches) -> Tensor:
-        """Return the scaled activations (tokens, d_model) that matches stand for."""
+        """Return the scaled activations (tokens, d_model) that matches stand for.
+
+        Stored rows have unit norm between steps; that their directions are added up makes it true
+        in any training loop, and keeps the gradient of each row orthogonal to it.
+        """
         with torch.autocast(matches.value.device.type, enabled=False):
-            return weighted_sum(matches, self.directions()) + wide(self.b_dec)
+            return sum_directions(matches, wide(self.W_dec)) + wide(self.b_dec)
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
         return wide(self.encoder.weight), wide(self.encoder.bias)

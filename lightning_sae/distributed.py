@@ -1,8 +1,20 @@
 """Reductions over all ranks that are also right when there is only one."""
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Rows(Protocol):
+    """A tensor, or something else with a length and a place."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+
+    def __len__(self) -> int: ...
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -25,8 +37,8 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks(tensor) / world_size()
 
 
-def length_over_ranks(rows: Tensor) -> int:
-    """Return how many rows, a tensor's first dimension, there are on all ranks together."""
+def length_over_ranks(rows: Rows) -> int:
+    """Return how many rows there are on all ranks together."""
     if world_size() == 1:
         return len(rows)
     return int(sum_over_ranks(torch.tensor(len(rows), device=rows.device)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Matches, token_choice
 from lightning_sae.distributed import mean_over_ranks
-from lightning_sae.sparse import weighted_sum
+from lightning_sae.sparse import sum_directions
 
 
 def reconstruction_loss(error: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def aux_k_loss(affinities: Tensor, error: Tensor, dictionary: Tensor, k_aux: int
     Args:
         affinities: Affinities of the dead features alone, shape (tokens, dead).
         error: Activations less their reconstruction, shape (tokens, d_model).
-        dictionary: Decoder rows of the dead features, shape (dead, d_model).
+        dictionary: Decoder rows of the dead features, of any norm, shape (dead, d_model).
         k_aux: Dead features a token may use; all of them if there are fewer.
 
     Returns:
@@ -66,7 +66,7 @@ def aux_k_loss(affinities: Tensor, error: Tensor, dictionary: Tensor, k_aux: int
     variance = mean_over_ranks((target - mean).square().mean())
     weight = torch.where(variance > 0, 1 / variance, 0.0)  # a branch would wait for the device
     matches = token_choice(affinities, min(k_aux, dead))
-    return (target - weighted_sum(matches, dictionary)).square().mean() * weight
+    return (target - sum_directions(matches, dictionary)).square().mean() * weight
 
 
 def aux_zipf_loss(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, score
+from lightning_sae.allocation import Importance, Matches, Scores, score
 from lightning_sae.checks import (
     require_choice,
     require_not_negative,
@@ -30,6 +30,7 @@ from lightning_sae.metrics import (
     L0StandardDeviation,
     zipf_statistics,
 )
+from lightning_sae.sparse import EncoderScores
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
 _SHARED_BUFFERS = (
@@ -112,11 +113,11 @@ class SparseAutoencoder(Dictionary, ABC):
     # What an architecture decides
 
     @abstractmethod
-    def choose(self, scores: Tensor) -> Matches:
-        """Choose the matches of a training batch from scores (tokens, n_features)."""
+    def choose(self, scores: Scores) -> Matches:
+        """Choose the matches of a training batch by their scores, which become their values."""
 
     @abstractmethod
-    def choose_alone(self, scores: Tensor) -> Matches:
+    def choose_alone(self, scores: Scores) -> Matches:
         """Choose each token's matches without regard to the other tokens of the batch."""
 
     def penalties(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ class SparseAutoencoder(Dictionary, ABC):
         loss = aux_zipf_loss(
             self.affinities(scaled, helped),
             error,
-            self.directions(helped),
+            wide(self.W_dec)[helped],
             deficit[dying],
             k_aux=self.k_aux,
             dying_below=self.dying_below,
@@ -145,8 +146,13 @@ class SparseAutoencoder(Dictionary, ABC):
         name = "aux_zipf_loss" if self.dying_below else "aux_k_loss"
         return {name: self.aux_coefficient * loss}
 
-    def observe(self, scores: Tensor, matches: Matches) -> None:
-        """Update the architecture's own state, thresholds say, from a training batch."""
+    def observe(self, scores: Scores, chosen: Matches) -> None:
+        """Update the architecture's own state, thresholds say, from a training batch.
+
+        Args:
+            scores: What `choose` was given.
+            chosen: What it returned: matches whose values are their scores.
+        """
 
     # Codes
 
@@ -168,45 +174,47 @@ class SparseAutoencoder(Dictionary, ABC):
         """Return the matches of activations (tokens, d_model): `encode` without the zeros."""
         return self._match(self.scaled(x))[0]
 
-    def _match(self, scaled: Tensor) -> tuple[Matches, Tensor]:
-        """Return matches, and the scores (tokens, n_features) that they were chosen by."""
+    def _match(self, scaled: Tensor) -> tuple[Matches, Scores, Matches]:
+        """Return matches, the scores of all pairs, and the matches with their scores as values."""
+        scores = self.scores(scaled)
         with torch.no_grad():
-            affinities = self.affinities(scaled)
-            if not bool(affinities.sum().isfinite()):  # else a NaN would just never be chosen
+            try:
+                chosen = self.choose(scores) if self.training else self.choose_alone(scores)
+            except FloatingPointError as error:
                 raise ValueError(
                     f"affinities are not finite after {self.tokens_seen.item()} tokens: "
                     "lower the learning rate, or look for NaN or infinite activations"
-                )
-            scores = self._scores_of(affinities, scaled)
-            chosen = self.choose(scores) if self.training else self.choose_alone(scores)
-            if scores is not affinities:
-                chosen.value = affinities[chosen.token, chosen.feature]
-        return self.with_gradient(scaled, chosen), scores
+                ) from error
+        return self.matches_of(scaled, chosen), scores, chosen
 
-    @torch.no_grad()
-    def scores(self, scaled: Tensor, features: Tensor | None = None) -> Tensor:
+    def matches_of(self, scaled: Tensor, chosen: Matches) -> Matches:
+        """Return matches that were chosen by their scores with their affinities and gradient.
+
+        Args:
+            scaled: Scaled activations, shape (tokens, d_model).
+            chosen: What a choice from `scores(scaled)` returned.
+        """
+        if self.importance != "affinity":
+            chosen = chosen.with_values(self.affinities_of(scaled, chosen))
+        return self.with_gradient(scaled, chosen)
+
+    def scores(self, scaled: Tensor) -> Scores:
         """Return what pairs are ranked by: affinities, or another measure of `importance`.
 
         Args:
             scaled: Scaled activations, shape (tokens, d_model).
-            features: Indices of the features wanted, int64. Default: all.
-
-        Returns:
-            Shape (tokens, features), without a gradient.
         """
-        return self._scores_of(self.affinities(scaled, features), scaled, features)
-
-    def _scores_of(
-        self, affinities: Tensor, scaled: Tensor, features: Tensor | None = None
-    ) -> Tensor:
+        centred = scaled.detach() - wide(self.b_dec.detach())
         if self.importance == "affinity":
-            return affinities
-        return score(
-            affinities,
-            self.importance,
-            centred=scaled - wide(self.b_dec),
-            dictionary=self.directions(features),
-        )
+            return EncoderScores(centred, *self._encoder())
+
+        def rank(affinities: Tensor, tokens: slice, features: slice) -> Tensor:
+            dictionary = wide(self.W_dec[features])
+            return score(
+                affinities, self.importance, centred=centred[tokens], dictionary=dictionary
+            )
+
+        return EncoderScores(centred, *self._encoder(), rank)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -240,12 +248,12 @@ class SparseAutoencoder(Dictionary, ABC):
         if self.training and not self.initialized:
             self.initialize(x)
         scaled = self.scaled(x)
-        matches, scores = self._match(scaled)
+        matches, scores, chosen = self._match(scaled)
         error = scaled - self.reconstruct(matches)
         terms = {"reconstruction_loss": reconstruction_loss(error)}
         if self.training:
             terms |= self.penalties(scaled, matches, error)
-            self._observe(scores, matches)
+            self._observe(scores, chosen)
         loss = torch.stack(list(terms.values())).sum()
         stats = {"loss": loss, **terms, **self._batch_statistics(scaled, error, matches)}
         return loss, {name: value.detach() for name, value in stats.items()}
@@ -267,8 +275,8 @@ class SparseAutoencoder(Dictionary, ABC):
         return torch.zeros_like(self.density)
 
     @torch.no_grad()
-    def _observe(self, scores: Tensor, matches: Matches) -> None:
-        counts = torch.cat([matches.per_feature(), self.tokens_seen.new_tensor([scores.shape[0]])])
+    def _observe(self, scores: Scores, chosen: Matches) -> None:
+        counts = torch.cat([chosen.per_feature(), self.tokens_seen.new_tensor([len(scores)])])
         fires, tokens = sum_over_ranks(counts).split([self.n_features, 1])
         tokens = tokens.squeeze()
         self.tokens_seen += tokens
@@ -277,7 +285,7 @@ class SparseAutoencoder(Dictionary, ABC):
         # The mean over all tokens until there are dead_after_tokens of them, then a running one.
         window = self.tokens_seen.clamp(max=self.dead_after_tokens).maximum(tokens)
         self.density.lerp_((fires / tokens).float(), (tokens / window).float())
-        self.observe(scores, matches)
+        self.observe(scores, chosen)
 
     @torch.no_grad()
     def _batch_statistics(

@@ -23,7 +23,8 @@ def dense_aux_k(affinities, error, dictionary, k_aux):
     top = functional.relu(affinities).topk(k_aux, dim=1)
     codes = torch.zeros_like(affinities).scatter(1, top.indices, top.values)
     variance = (target - target.mean(0)).pow(2).mean()
-    return (target - codes @ dictionary).pow(2).mean() / variance
+    directions = dictionary / dictionary.norm(dim=1, keepdim=True)
+    return (target - codes @ directions).pow(2).mean() / variance
 
 
 def test_aux_k_loss_is_its_formula_and_moves_encoder_and_decoder():

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from lightning_sae.allocation import TensorScores
 from tests.helpers.superposition import superposition
 
 D_MODEL, N_FEATURES, K = 16, 48, 4
@@ -88,7 +89,7 @@ def test_gradients_equal_dense_autograd(make):
     scaled = x * reference.input_scale
     centred = scaled - reference.b_dec
     affinities = centred @ reference.encoder.weight.T + reference.encoder.bias
-    mask = reference.choose(affinities).to_dense() > 0
+    mask = reference.choose(TensorScores(affinities)).to_dense() > 0
     codes = torch.where(mask, affinities, 0.0)
     dictionary = reference.W_dec / reference.W_dec.norm(dim=1, keepdim=True)
     error = scaled - codes @ dictionary - reference.b_dec

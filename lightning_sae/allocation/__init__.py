@@ -9,10 +9,13 @@ from lightning_sae.allocation.choices import (
 )
 from lightning_sae.allocation.importance import Importance, score
 from lightning_sae.allocation.matches import Matches, matches_where
+from lightning_sae.allocation.scores import Scores, TensorScores
 
 __all__ = [
     "Importance",
     "Matches",
+    "Scores",
+    "TensorScores",
     "feature_choice",
     "matches_where",
     "midpoint_thresholds",

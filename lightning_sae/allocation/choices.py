@@ -11,16 +11,26 @@ larger affinity matters more, the Monotonic Importance Heuristic):
 A pair without a positive affinity is never a match, so a budget may remain partly unspent. Among
 equal affinities the lower token index wins, then the lower feature index. The choice itself is
 made in float32 or wider and carries no gradient; gradients flow through the matches' values.
+
+Affinities are a tensor, or `Scores` that are computed a tile at a time. Then no tokens x features
+are ever in memory, and the matches' values are their scores.
 """
 
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.matches import Matches, matches_where
-from lightning_sae.allocation.ranking import largest_positive
+from lightning_sae.allocation.candidates import (
+    candidates_of_batch,
+    candidates_of_features,
+    join,
+    largest_of,
+)
+from lightning_sae.allocation.matches import Matches
+from lightning_sae.allocation.scores import Scores, TensorScores
+from lightning_sae.allocation.tile import strictly
 
 
-def token_choice(affinities: Tensor, k: int) -> Matches:
+def token_choice(affinities: Tensor | Scores, k: int) -> Matches:
     """Let every token choose its k features of largest affinity.
 
     Args:
@@ -29,47 +39,59 @@ def token_choice(affinities: Tensor, k: int) -> Matches:
 
     Raises:
         ValueError: If k is out of range or the affinities are not two-dimensional.
+        FloatingPointError: If an affinity is NaN or infinite.
 
     Example:
         >>> token_choice(torch.tensor([[3.0, 1.0, 2.0], [-1.0, 0.5, -2.0]]), k=2).to_dense()
         tensor([[3.0000, 0.0000, 2.0000],
                 [0.0000, 0.5000, 0.0000]])
     """
-    tokens, features = _shape(affinities)
+    scores = as_scores(affinities)
+    features = scores.shape[1]
     if not 1 <= k <= features:
         raise ValueError(f"k={k} is out of range: a token has 1 to {features} features to choose")
-    scores = _scores(affinities)
-    chosen = largest_positive(scores, torch.full((tokens,), k, device=scores.device))
-    return matches_where(affinities, chosen)
+    found = []
+    for start, tile in scores.token_tiles():
+        token, feature, score = tile.largest(
+            torch.full((len(tile.rows),), k, device=tile.rows.device)
+        )
+        found.append((token + start, feature, score))
+    return valued(join(found, scores), affinities)
 
 
-def mutual_choice(affinities: Tensor, budget: int) -> Matches:
+def mutual_choice(affinities: Tensor | Scores, budget: int, guess: float | None = None) -> Matches:
     """Choose the `budget` pairs of largest affinity in the whole batch.
 
     Args:
         affinities: Encoder outputs before allocation, shape (tokens, features).
         budget: Matches the batch may take, 0 to tokens * features; k * tokens for an expected k
             matches a token.
+        guess: What the smallest chosen affinity will hardly be below. It has no influence on
+            the choice. If it is close, fewer pairs are looked at; if it is too large, all are
+            computed again.
 
     Raises:
         ValueError: If the budget is out of range or the affinities are not two-dimensional.
+        FloatingPointError: If an affinity is NaN or infinite.
 
     Example:
         >>> mutual_choice(torch.tensor([[3.0, 1.0, 2.0], [0.1, 0.5, -2.0]]), budget=3).to_dense()
         tensor([[3., 1., 2.],
                 [0., 0., 0.]])
     """
-    tokens, features = _shape(affinities)
+    scores = as_scores(affinities)
+    tokens, features = scores.shape
     if not 0 <= budget <= tokens * features:
         raise ValueError(
             f"budget={budget} is out of range: the batch has {tokens * features} pairs"
         )
-    scores = _scores(affinities)
-    chosen = largest_positive(scores.reshape(1, -1), torch.tensor([budget], device=scores.device))
-    return matches_where(affinities, chosen.view(tokens, features))
+    found = candidates_of_batch(scores, budget, guess)
+    if guess is not None and len(found) < budget:
+        found = candidates_of_batch(scores, budget)
+    return valued(largest_of(found, budget).sort(), affinities)
 
 
-def feature_choice(affinities: Tensor, budgets: Tensor) -> Matches:
+def feature_choice(affinities: Tensor | Scores, budgets: Tensor) -> Matches:
     """Let every feature choose its tokens of largest affinity.
 
     Args:
@@ -78,6 +100,7 @@ def feature_choice(affinities: Tensor, budgets: Tensor) -> Matches:
 
     Raises:
         ValueError: If a budget is out of range, or the shapes do not fit.
+        FloatingPointError: If an affinity is NaN or infinite.
 
     Example:
         >>> affinities = torch.tensor([[3.0, 1.0, 2.0], [0.1, 0.5, -2.0]])
@@ -85,35 +108,40 @@ def feature_choice(affinities: Tensor, budgets: Tensor) -> Matches:
         tensor([[3.0000, 1.0000, 2.0000],
                 [0.0000, 0.5000, 0.0000]])
     """
-    tokens, features = _shape(affinities)
-    if budgets.shape != (features,) or budgets.is_floating_point():
-        raise ValueError(
-            f"budgets must be {features} integers, one a feature, "
-            f"not {budgets.dtype} of shape {tuple(budgets.shape)}"
-        )
+    scores = as_scores(affinities)
+    tokens, features = scores.shape
+    require_budgets(budgets, features)
     if features and not 0 <= int(budgets.min()) <= int(budgets.max()) <= tokens:
         raise ValueError(
             f"budgets from {int(budgets.min())} to {int(budgets.max())} are out of range: "
             f"the batch has {tokens} tokens"
         )
-    chosen = largest_positive(_scores(affinities).T.contiguous(), budgets.long())
-    return matches_where(affinities, chosen.T.contiguous())
+    return valued(candidates_of_features(scores, budgets.long()), affinities)
 
 
-def threshold_choice(affinities: Tensor, threshold: Tensor | float) -> Matches:
+def threshold_choice(affinities: Tensor | Scores, threshold: Tensor | float) -> Matches:
     """Take every pair whose affinity is above a threshold: the batch-free form of a choice.
 
     Args:
         affinities: Encoder outputs before allocation, shape (tokens, features).
         threshold: One number, or one a feature, shape (features,). Negative ones act as zero.
 
+    Raises:
+        ValueError: If the affinities are not two-dimensional.
+        FloatingPointError: If an affinity is NaN or infinite.
+
     Example:
         >>> threshold_choice(torch.tensor([[3.0, 1.0, -1.0]]), -2.0).to_dense()
         tensor([[3., 1., 0.]])
     """
-    _shape(affinities)
-    scores = _scores(affinities)
-    return matches_where(affinities, (scores > threshold) & (scores > 0))
+    scores = as_scores(affinities)
+    thresholds = torch.as_tensor(threshold, device=scores.device).expand(scores.shape[1])
+    found = []
+    for start, tile in scores.feature_tiles():
+        bounds = strictly(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))
+        feature, token, score = tile.above(bounds)
+        found.append((token, feature + start, score))
+    return valued(join(found, scores).sort(), affinities)
 
 
 def midpoint_thresholds(affinities: Tensor, matches: Matches) -> Tensor:
@@ -136,7 +164,7 @@ def midpoint_thresholds(affinities: Tensor, matches: Matches) -> Tensor:
         >>> midpoint_thresholds(affinities, feature_choice(affinities, torch.tensor([1, 2])))
         tensor([3., 1.])
     """
-    scores = _scores(affinities)
+    scores = as_scores(affinities).dense()
     rejected = scores.index_put((matches.token, matches.feature), scores.new_tensor(-torch.inf))
     first_rejected = rejected.amax(0)
     last_chosen = scores.new_full((scores.shape[1],), torch.inf).scatter_reduce(
@@ -148,13 +176,22 @@ def midpoint_thresholds(affinities: Tensor, matches: Matches) -> Tensor:
     return ((last_chosen + first_rejected) / 2).clamp_min(0)
 
 
-def _shape(affinities: Tensor) -> tuple[int, int]:
-    if affinities.dim() != 2:
-        raise ValueError(f"affinities must be (tokens, features), not {tuple(affinities.shape)}")
-    tokens, features = affinities.shape
-    return tokens, features
+def as_scores(affinities: Tensor | Scores) -> Scores:
+    """Return what a choice reads: a tensor is given the interface of scores."""
+    return affinities if isinstance(affinities, Scores) else TensorScores(affinities)
 
 
-def _scores(affinities: Tensor) -> Tensor:
-    """Detach and widen: 16-bit scores would tie so often that the choice became arbitrary."""
-    return affinities.detach().to(torch.promote_types(affinities.dtype, torch.float32))
+def valued(chosen: Matches, affinities: Tensor | Scores) -> Matches:
+    """Give matches, so far with their scores, the affinities of a tensor, type and gradient too."""
+    if isinstance(affinities, Tensor):
+        chosen.value = affinities[chosen.token, chosen.feature]
+    return chosen
+
+
+def require_budgets(budgets: Tensor, features: int) -> None:
+    """Raise unless there is one integer a feature."""
+    if budgets.shape != (features,) or budgets.is_floating_point():
+        raise ValueError(
+            f"budgets must be {features} integers, one a feature, "
+            f"not {budgets.dtype} of shape {tuple(budgets.shape)}"
+        )

@@ -42,6 +42,25 @@ class Matches:
         values = self.value if values is None else values
         return values.new_zeros(self.shape).index_put((self.token, self.feature), values)
 
+    def select(self, chosen: Tensor) -> "Matches":
+        """Return the matches that a mask (matches,) marks, or those of given numbers, int64."""
+        if chosen.dtype == torch.bool:
+            chosen = chosen.nonzero().squeeze(1)
+        return Matches(self.token[chosen], self.feature[chosen], self.value[chosen], self.shape)
+
+    def with_values(self, value: Tensor) -> "Matches":
+        """Return the same pairs with other values, shape (matches,)."""
+        return Matches(self.token, self.feature, value, self.shape)
+
+    def sort(self) -> "Matches":
+        """Return matches that are sorted by feature, then by token, the other way round."""
+        order = self.token.argsort(stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        matches = self.select(order)
+        matches.by_feature = (self.token, self.feature, back)
+        return matches
+
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and features of the matches sorted by feature, and the order that does it."""

@@ -13,9 +13,18 @@ affinities never travel.
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.choices import feature_choice, midpoint_thresholds, mutual_choice
+from lightning_sae.allocation.candidates import candidates_of_batch, candidates_of_features
+from lightning_sae.allocation.choices import (
+    as_scores,
+    feature_choice,
+    midpoint_thresholds,
+    mutual_choice,
+    require_budgets,
+    valued,
+)
 from lightning_sae.allocation.matches import Matches, matches_where
-from lightning_sae.allocation.ranking import kth_largest
+from lightning_sae.allocation.ranking import among_largest, places
+from lightning_sae.allocation.scores import Scores
 from lightning_sae.distributed import (
     gather_over_ranks,
     length_over_ranks,
@@ -27,27 +36,39 @@ from lightning_sae.distributed import (
 )
 
 
-def mutual_choice_over_ranks(affinities: Tensor, budget: int) -> Matches:
+def mutual_choice_over_ranks(
+    affinities: Tensor | Scores, budget: int, guess: float | None = None
+) -> Matches:
     """Choose the `budget` pairs of largest affinity among all ranks' tokens.
 
     Args:
         affinities: Of this rank's tokens, shape (tokens, features); tokens may differ by rank.
         budget: Matches that all ranks may take together, the same on each.
+        guess: As in `mutual_choice`, the same on each rank.
 
     Returns:
         The matches of this rank's tokens.
 
     Raises:
         ValueError: If the budget is out of range.
+        FloatingPointError: If an affinity of this rank is NaN or infinite.
     """
     if world_size() == 1:
-        return mutual_choice(affinities, budget)
-    scores = _scores(affinities).reshape(1, -1)
-    chosen = _largest_positive(scores, torch.tensor([budget], device=scores.device))
-    return matches_where(affinities, chosen.view(affinities.shape))
+        return mutual_choice(affinities, budget, guess)
+    scores = as_scores(affinities)
+    tokens = length_over_ranks(scores)
+    budgets = torch.tensor([budget], device=scores.device)
+    _require_range(budgets, tokens * scores.shape[1])
+    found = candidates_of_batch(scores, budget, guess)
+    if guess is not None and length_over_ranks(found.token) < budget:
+        found = candidates_of_batch(scores, budget)
+    found = found.sort()
+    reserved = _reserve(budgets, len(scores), tokens)
+    chosen = _largest(torch.zeros_like(found.token), found.value, budgets, reserved)
+    return valued(found.select(chosen), affinities)
 
 
-def feature_choice_over_ranks(affinities: Tensor, budgets: Tensor) -> Matches:
+def feature_choice_over_ranks(affinities: Tensor | Scores, budgets: Tensor) -> Matches:
     """Let every feature choose its tokens of largest affinity among those of all ranks.
 
     Args:
@@ -60,16 +81,18 @@ def feature_choice_over_ranks(affinities: Tensor, budgets: Tensor) -> Matches:
 
     Raises:
         ValueError: If a budget is out of range, or the shapes do not fit.
+        FloatingPointError: If an affinity of this rank is NaN or infinite.
     """
     if world_size() == 1:
         return feature_choice(affinities, budgets)
-    if budgets.shape != affinities.shape[1:] or budgets.is_floating_point():
-        raise ValueError(
-            f"budgets must be {affinities.shape[1]} integers, one a feature, "
-            f"not {budgets.dtype} of shape {tuple(budgets.shape)}"
-        )
-    chosen = _largest_positive(_scores(affinities).T.contiguous(), budgets.long())
-    return matches_where(affinities, chosen.T.contiguous())
+    scores = as_scores(affinities)
+    require_budgets(budgets, scores.shape[1])
+    tokens = length_over_ranks(scores)
+    _require_range(budgets, tokens)
+    found = candidates_of_features(scores, budgets.clamp(max=len(scores)))
+    reserved = _reserve(budgets, len(scores), tokens)
+    chosen = _largest(found.feature, found.value, budgets, reserved)
+    return valued(found.select(chosen), affinities)
 
 
 def midpoint_thresholds_over_ranks(affinities: Tensor, matches: Matches) -> Tensor:
@@ -82,7 +105,7 @@ def midpoint_thresholds_over_ranks(affinities: Tensor, matches: Matches) -> Tens
     Returns:
         As `midpoint_thresholds`, the same on all ranks, shape (features,).
     """
-    scores = _scores(affinities)
+    scores = as_scores(affinities).dense()
     features = scores.shape[1]
     pairs = (matches.token, matches.feature)
     last = scores.new_full((features,), torch.inf)
@@ -96,69 +119,58 @@ def midpoint_thresholds_over_ranks(affinities: Tensor, matches: Matches) -> Tens
     return midpoint_thresholds(both, matches_where(both, chosen))
 
 
-def _largest_positive(rows: Tensor, counts: Tensor) -> Tensor:
-    """Do as `ranking.largest_positive` for rows whose columns are spread over the ranks in order.
+def _largest(row: Tensor, score: Tensor, counts: Tensor, reserved: Tensor) -> Tensor:
+    """Mark the entries of this rank that are among the largest of their rows on all ranks.
 
     Args:
-        rows: Scores in the columns of this rank, shape (rows, columns).
+        row: Row of each candidate, int64, shape (candidates,). Its positive entries, of each row
+            the `counts[i]` largest at least; ties by their order, then by rank.
+        score: Positive, shape (candidates,).
         counts: How many entries each row may take on all ranks together, int64, shape (rows,).
+        reserved: How many of them this rank reserves, int64, shape (rows,).
 
     Returns:
-        Boolean mask of the shape of `rows`.
-
-    Raises:
-        ValueError: If a row is to take fewer than 0 or more than all entries.
+        Boolean mask, shape (candidates,).
     """
-    columns = length_over_ranks(rows.T)
-    if len(counts) and not 0 <= int(counts.min()) <= int(counts.max()) <= columns:
-        raise ValueError(
-            f"budgets from {int(counts.min())} to {int(counts.max())} are out of range: each is of "
-            f"{columns} pairs on {world_size()} ranks"
-        )
-    low, high = _bracket(rows, counts, columns)
-    chosen = rows > high.unsqueeze(1)  # for sure
-    vacancies = counts - sum_over_ranks(chosen.sum(1))  # (rows,)
-    in_question = (rows >= low.unsqueeze(1)) & (rows > 0) & ~chosen
-    row, column = in_question.nonzero(as_tuple=True)
+    low, high = _bracket(row, score, reserved)
+    sure = score > high[row]
+    vacancies = counts - sum_over_ranks(torch.bincount(row[sure], minlength=len(counts)))
+    in_question = ((score >= low[row]) & ~sure).nonzero().squeeze(1)
+    row, score = row[in_question], score[in_question]
+    sent = among_largest(row, score, vacancies)
     # In float64, row numbers and float32 scores are exact and travel together.
-    candidates = torch.stack([row.double(), rows[row, column].double()], dim=1)  # (candidates, 2)
-    worth_sending = _among_largest(candidates, vacancies)
-    everyones = gather_over_ranks(candidates[worth_sending])
-    taken = _among_largest(torch.cat(everyones), vacancies)
+    everyones = gather_over_ranks(torch.stack([row.double(), score.double()], 1)[sent])
+    everyone = torch.cat(everyones)
+    taken = among_largest(everyone[:, 0].long(), everyone[:, 1], vacancies)
     own = taken.split([len(each) for each in everyones])[rank()]
-    chosen[row[worth_sending], column[worth_sending]] = own
-    return chosen
+    sure[in_question[sent]] = own
+    return sure
 
 
-def _bracket(rows: Tensor, counts: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Return bounds (rows,) of each row's last chosen entry, as far as it is positive.
+def _reserve(counts: Tensor, tokens: int, of_tokens: int) -> Tensor:
+    """Return this rank's part of some counts, in proportion to its tokens, rounded up."""
+    return -(-counts * tokens // max(1, of_tokens))
+
+
+def _bracket(row: Tensor, score: Tensor, reserved: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bounds (rows,) of each row's last chosen entry on all ranks.
 
     All ranks reserve at least `counts` entries together, so the lowest of their cuts is low enough.
     Above the highest of them there are less than `counts`: a rank has fewer there than it reserved,
     and what it reserved is rounded up by less than one.
     """
-    reserved = -(-counts * rows.shape[1] // max(columns, 1))  # rounded up
-    # Where a rank has nothing to reserve its cut is infinite, and no entry is sure of its place.
-    cut = kth_largest(rows, reserved)
+    order, place = places(row, score)
+    last = place == reserved[row[order]] - 1
+    # A rank that reserves more than it has is cut at zero; one that reserves nothing, nowhere.
+    cut = score.new_zeros(len(reserved)).masked_fill(reserved == 0, torch.inf)
+    cut[row[order][last]] = score[order][last]
     low, minus_high = min_over_ranks(torch.stack([cut, -cut]))
-    return low, (-minus_high).clamp_min(0)
+    return low, -minus_high
 
 
-def _among_largest(candidates: Tensor, vacancies: Tensor) -> Tensor:
-    """Mark each row's `vacancies` largest candidates; of equal ones the first come first.
-
-    Args:
-        candidates: Row and score of each, shape (candidates, 2).
-        vacancies: How many each row may take, int64, shape (rows,).
-    """
-    row, score = candidates[:, 0].long(), candidates[:, 1]
-    order = score.argsort(descending=True, stable=True)
-    order = order[row[order].argsort(stable=True)]  # by row, the largest first
-    row = row[order]
-    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    return torch.zeros_like(row, dtype=torch.bool).index_put((order,), place < vacancies[row])
-
-
-def _scores(affinities: Tensor) -> Tensor:
-    """Detach and widen, as every choice does."""
-    return affinities.detach().to(torch.promote_types(affinities.dtype, torch.float32))
+def _require_range(budgets: Tensor, pairs: int) -> None:
+    if len(budgets) and not 0 <= int(budgets.min()) <= int(budgets.max()) <= pairs:
+        raise ValueError(
+            f"budgets from {int(budgets.min())} to {int(budgets.max())} are out of range: each is "
+            f"of {pairs} pairs on {world_size()} ranks"
+        )

@@ -1,4 +1,4 @@
-"""Pick the largest entries of each row: the one mechanism behind every choice.
+"""The largest entries of rows: the one mechanism behind every choice.
 
 Tokens are rows for token choice, features are rows for feature choice, and mutual choice has a
 single row that holds the whole batch.
@@ -6,32 +6,6 @@ single row that holds the whole batch.
 
 import torch
 from torch import Tensor
-
-_BLOCK = 32  # entries; with larger blocks more entries pass the bound, with smaller ones it is dear
-
-
-def largest_positive(rows: Tensor, counts: Tensor) -> Tensor:
-    """Mark, in each row, its `counts` largest entries, as far as they are positive.
-
-    Entries of equal value are taken from left to right, so the result is unique.
-
-    Args:
-        rows: Scores, shape (rows, columns).
-        counts: How many entries each row may take, int64, shape (rows,), from 0 to columns.
-
-    Returns:
-        Boolean mask of the shape of `rows`.
-    """
-    cut = kth_largest(rows, counts).unsqueeze(1)  # (rows, 1)
-    chosen = rows >= cut
-    if bool((cut <= 0).any()):
-        chosen &= rows > 0
-    if bool((chosen.sum(1, dtype=torch.int32) > counts).any()):
-        tied = chosen & (rows == cut)
-        above = chosen & ~tied
-        vacancies = counts.unsqueeze(1) - above.sum(1, keepdim=True)  # (rows, 1)
-        chosen = above | (tied & (tied.cumsum(1) <= vacancies))
-    return chosen
 
 
 def kth_largest(rows: Tensor, counts: Tensor) -> Tensor:
@@ -56,20 +30,37 @@ def kth_largest(rows: Tensor, counts: Tensor) -> Tensor:
         members = (magnitude == group).nonzero().squeeze(1)
         wanted = counts[members]
         selected = rows if len(members) == len(rows) else rows[members]
-        if len(selected) == 1:
-            selected = _candidates(selected[0], int(wanted)).unsqueeze(0)
         top = selected.topk(int(wanted.max()), dim=1).values  # (members, largest count)
         kth[members] = top.gather(1, wanted.unsqueeze(1) - 1).squeeze(1)
     return kth
 
 
-def _candidates(row: Tensor, count: int) -> Tensor:
-    """Return a small part of a long row that is sure to hold its `count` largest entries.
+def among_largest(row: Tensor, score: Tensor, counts: Tensor) -> Tensor:
+    """Mark the `counts[i]` largest entries of each row i; of equal ones the first come first.
 
-    That many blocks of the row have a maximum at or above the `count`-th largest block maximum, so
-    the entry sought is not below it.
+    Args:
+        row: Row of each entry, int64, shape (entries,).
+        score: Shape (entries,).
+        counts: How many each row may take, int64, shape (rows,).
+
+    Returns:
+        Boolean mask, shape (entries,).
     """
-    blocks = row[: len(row) // _BLOCK * _BLOCK].view(-1, _BLOCK).amax(1)
-    if len(blocks) < count:
-        return row
-    return row[row >= blocks.topk(count).values[-1]]
+    order, place = places(row, score)
+    return torch.zeros_like(row, dtype=torch.bool).index_put((order,), place < counts[row[order]])
+
+
+def places(row: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort entries by row, the largest first, and number them within their rows from 0.
+
+    Args:
+        row: Row of each entry, int64, shape (entries,).
+        score: Shape (entries,). Entries of equal score keep their order.
+
+    Returns:
+        The order that sorts them, and their numbers in that order, int64, shape (entries,).
+    """
+    order = score.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    row = row[order]
+    return order, torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)

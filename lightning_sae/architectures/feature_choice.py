@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, feature_choice, mutual_choice
+from lightning_sae.allocation import Importance, Matches, Scores, feature_choice
 from lightning_sae.allocation.over_ranks import (
     feature_choice_over_ranks,
     midpoint_thresholds_over_ranks,
-    mutual_choice_over_ranks,
 )
 from lightning_sae.architectures.threshold import Scope, ThresholdSAE
 from lightning_sae.checks import require_choice, require_k, require_not_negative
@@ -143,7 +142,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         if stage == "fit" and self.start_from is not None and self.trainer.ckpt_path is None:
             self.load_dictionary(self.start_from)
 
-    def choose(self, scores: Tensor) -> Matches:
+    def choose(self, scores: Scores) -> Matches:
         """Match by mutual choice at first, later every feature with its budget of tokens.
 
         Raises:
@@ -155,10 +154,10 @@ class FeatureChoiceSAE(ThresholdSAE):
             self.begin_feature_choice(tokens)
         if not self.choosing:
             self._require_enough(tokens)
-            of_batch = mutual_choice if self.scope == "local" else mutual_choice_over_ranks
-            return of_batch(scores, self.k * tokens)
+            return self.choose_by_batch(scores)
         # The same on every rank, and again after a resumption: tokens_seen is both.
         budgets = round_budgets(self.budgets_for(tokens), seed=int(self.tokens_seen))
+        scores.thresholds = self.threshold  # so that `observe` knows how many tokens pass them
         of_features = feature_choice if self.scope == "local" else feature_choice_over_ranks
         return of_features(scores, budgets.clamp(max=tokens).to(scores.device))
 
@@ -240,17 +239,18 @@ class FeatureChoiceSAE(ThresholdSAE):
                 f"batch_size={needed} or min_matches={total / self.n_features:.3g} can"
             )
 
-    def observe(self, scores: Tensor, matches: Matches) -> None:
+    def observe(self, scores: Scores, chosen: Matches) -> None:
         """Move each threshold towards the one that as many tokens pass as the budget allows."""
         if not self.choosing:
-            super().observe(scores, matches)
+            super().observe(scores, chosen)
             return
+        budgets = self.budgets_for(length_over_ranks(scores)).to(self.threshold)
         if self.threshold.isnan().any():  # features choose from the start
-            self.threshold.copy_(midpoint_thresholds_over_ranks(scores, matches))
+            self.threshold.copy_(_midpoints(scores, budgets))
+            return
         # In proportion, because scores have no unit of their own. An average over the batches in
         # which a feature had a match, say, would let one with less than one a batch fire too often.
-        budgets = self.budgets_for(length_over_ranks(scores)).to(self.threshold)
-        passing = sum_over_ranks((scores > self.threshold).sum(0))
+        passing = sum_over_ranks(scores.passing)
         excess = ((passing - budgets) / budgets.clamp_min(1)).clamp(-1, 1)
         self.threshold.mul_((self.tracking * excess).exp()).clamp_min_(_LEAST)
 
@@ -258,11 +258,15 @@ class FeatureChoiceSAE(ThresholdSAE):
         """Return the thresholds that give every feature its budget on these tokens."""
         if not self.choosing:
             return super().calibrated(scaled)
-        tokens = length_over_ranks(scaled)
-        counts = self.budgets_for(tokens).round().long().clamp(max=tokens).to(scaled.device)
-        thresholds = []
-        for features in torch.arange(self.n_features, device=scaled.device).split(64):
-            scores = self.scores(scaled, features)  # (tokens, 64)
-            matches = feature_choice_over_ranks(scores, counts[features])
-            thresholds.append(midpoint_thresholds_over_ranks(scores, matches))
-        return torch.cat(thresholds)
+        return _midpoints(self.scores(scaled), self.budgets_for(length_over_ranks(scaled)))
+
+
+def _midpoints(scores: Scores, budgets: Tensor) -> Tensor:
+    """Return thresholds (n_features,) that give each feature its budget, rounded, on all ranks."""
+    counts = budgets.round().long().clamp(max=length_over_ranks(scores)).to(scores.device)
+    thresholds = []
+    for start, tile in scores.feature_tiles():
+        rows = tile.rows.T  # (tokens, some features)
+        matches = feature_choice_over_ranks(rows, counts[start : start + rows.shape[1]])
+        thresholds.append(midpoint_thresholds_over_ranks(rows, matches))
+    return torch.cat(thresholds)

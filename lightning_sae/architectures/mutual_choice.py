@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, mutual_choice
-from lightning_sae.allocation.over_ranks import mutual_choice_over_ranks
+from lightning_sae.allocation import Importance, Matches, Scores
 from lightning_sae.architectures.threshold import Scope, ThresholdSAE
 from lightning_sae.checks import require_choice, require_k
 
@@ -73,7 +72,6 @@ class MutualChoiceSAE(ThresholdSAE):
         self.k = k
         self.scope = scope
 
-    def choose(self, scores: Tensor) -> Matches:
+    def choose(self, scores: Scores) -> Matches:
         """Match the k * tokens pairs of largest score in the batch."""
-        choice = mutual_choice if self.scope == "local" else mutual_choice_over_ranks
-        return choice(scores, self.k * self.batch_tokens(scores))
+        return self.choose_by_batch(scores)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Matches, threshold_choice
+from lightning_sae.allocation import Matches, Scores, threshold_choice
 from lightning_sae.checks import require_not_negative
 from lightning_sae.losses import sparsity_loss
 from lightning_sae.sae import SparseAutoencoder
@@ -75,11 +75,11 @@ class StandardSAE(SparseAutoencoder):
         self.l1_coefficient = l1_coefficient
         self.l1_warmup_tokens = l1_warmup_tokens
 
-    def choose(self, scores: Tensor) -> Matches:
+    def choose(self, scores: Scores) -> Matches:
         """Match every pair of positive affinity."""
         return threshold_choice(scores, 0.0)
 
-    def choose_alone(self, scores: Tensor) -> Matches:
+    def choose_alone(self, scores: Scores) -> Matches:
         """Match as in training: a token's matches do not depend on the other tokens."""
         return self.choose(scores)
 

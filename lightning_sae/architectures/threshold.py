@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation import Matches, threshold_choice
-from lightning_sae.allocation.over_ranks import (
-    feature_choice_over_ranks,
-    midpoint_thresholds_over_ranks,
+from lightning_sae.allocation import Matches, Scores, mutual_choice, threshold_choice
+from lightning_sae.allocation.over_ranks import mutual_choice_over_ranks
+from lightning_sae.distributed import (
+    gather_over_ranks,
+    length_over_ranks,
+    mean_over_ranks,
+    min_over_ranks,
 )
-from lightning_sae.distributed import length_over_ranks, mean_over_ranks, min_over_ranks
 from lightning_sae.sae import SparseAutoencoder
 
 Scope = Literal["global", "local"]
@@ -42,19 +44,29 @@ class ThresholdSAE(SparseAutoencoder):
     k: int
     scope: Scope
     threshold: Tensor
+    _cuts: tuple[float, float] | None = None  # what the last two batches were cut at
 
     def register_threshold(self, *shape: int) -> None:
         """Add the buffer: one threshold, or with n_features as the shape one a feature."""
         self.register_buffer("threshold", torch.full(shape, torch.nan, dtype=torch.float32))
 
-    def batch_tokens(self, scores: Tensor) -> int:
+    def batch_tokens(self, scores: Scores) -> int:
         """Return how many tokens are chosen from together: those of all ranks, or of this one."""
         return len(scores) if self.scope == "local" else length_over_ranks(scores)
 
-    def batch_threshold(self, scores: Tensor, matches: Matches) -> Tensor:
+    def choose_by_batch(self, scores: Scores) -> Matches:
+        """Match the k * tokens pairs of largest score among all that are chosen from together."""
+        choice = mutual_choice if self.scope == "local" else mutual_choice_over_ranks
+        guess = None
+        if self._cuts is not None:
+            # Cuts fall while dictionaries improve. Without influence on the choice, so not saved.
+            before, last = self._cuts
+            guess = last - 2 * abs(last - before) - 0.03 * last
+        return choice(scores, self.k * self.batch_tokens(scores), guess)
+
+    def batch_threshold(self, chosen: Matches) -> Tensor:
         """Return the smallest chosen score of a batch, 0-d; zero if nothing was positive."""
-        chosen = scores[matches.token, matches.feature]
-        smallest = chosen.min() if len(matches) else scores.new_tensor(torch.inf)
+        smallest = chosen.value.min() if len(chosen) else chosen.value.new_tensor(torch.inf)
         if self.scope == "global":
             smallest = min_over_ranks(smallest)
         smallest = smallest.where(smallest.isfinite(), 0)
@@ -82,15 +94,18 @@ class ThresholdSAE(SparseAutoencoder):
         By default the midpoint of the last chosen and first rejected score of all pairs, 0-d.
         """
         budget = self.k * length_over_ranks(scaled)
-        largest = scaled.new_empty(0)
-        for tokens in scaled.split(1024):
-            largest = torch.cat([largest, self.scores(tokens).flatten()])
-            largest = largest.topk(min(budget + 1, len(largest))).values
-        largest = largest.unsqueeze(1)  # as of one feature
-        matches = feature_choice_over_ranks(largest, torch.tensor([budget], device=scaled.device))
-        return midpoint_thresholds_over_ranks(largest, matches).squeeze(0)
+        everything = length_over_ranks(scaled) * self.n_features
+        # One more than the budget: the first that is rejected.
+        chosen = mutual_choice_over_ranks(
+            self.scores(scaled), min(budget + 1, everything), 0.9 * float(self.threshold)
+        )
+        smallest = chosen.value.sort().values[:2]
+        last_two = torch.cat(gather_over_ranks(smallest)).sort().values[:2]
+        if length_over_ranks(chosen.token) > budget:
+            return last_two.mean()
+        return last_two[:1].sum() / 2  # nothing positive was rejected
 
-    def choose_alone(self, scores: Tensor) -> Matches:
+    def choose_alone(self, scores: Scores) -> Matches:
         """Match every pair whose score is above the threshold.
 
         Raises:
@@ -103,9 +118,11 @@ class ThresholdSAE(SparseAutoencoder):
             )
         return threshold_choice(scores, self.threshold)
 
-    def observe(self, scores: Tensor, matches: Matches) -> None:
+    def observe(self, scores: Scores, chosen: Matches) -> None:
         """Move the threshold towards what this batch was cut at."""
-        seen = self.batch_threshold(scores, matches).float()
+        seen = self.batch_threshold(chosen).float()
+        last = float(seen)
+        self._cuts = (self._cuts[1] if self._cuts else last, last)
         first = self.threshold.isnan()
         self.threshold.copy_(
             torch.where(first, seen, self.threshold.lerp(seen, 1 - self.averaging))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, token_choice
+from lightning_sae.allocation import Importance, Matches, Scores, token_choice
 from lightning_sae.checks import require_k, require_not_negative
 from lightning_sae.losses import reconstruction_loss
 from lightning_sae.sae import SparseAutoencoder
@@ -82,11 +82,11 @@ class TopKSAE(SparseAutoencoder):
         self.multi_k_coefficient = multi_k_coefficient
         self.multi_k = multi_k
 
-    def choose(self, scores: Tensor) -> Matches:
+    def choose(self, scores: Scores) -> Matches:
         """Match every token with its k features of largest score."""
         return token_choice(scores, self.k)
 
-    def choose_alone(self, scores: Tensor) -> Matches:
+    def choose_alone(self, scores: Scores) -> Matches:
         """Match as in training: a token's choice does not depend on the other tokens."""
         return self.choose(scores)
 
@@ -95,10 +95,6 @@ class TopKSAE(SparseAutoencoder):
         penalties = super().penalties(scaled, matches, error)
         if self.multi_k_coefficient == 0:
             return penalties
-        with torch.no_grad():
-            affinities = self.affinities(scaled)
-            chosen = token_choice(self._scores_of(affinities, scaled), self.multi_k)
-            chosen.value = affinities[chosen.token, chosen.feature]
-        reconstruction = self.reconstruct(self.with_gradient(scaled, chosen))
-        loss = reconstruction_loss(scaled - reconstruction)
+        chosen = token_choice(self.scores(scaled), self.multi_k)
+        loss = reconstruction_loss(scaled - self.reconstruct(self.matches_of(scaled, chosen)))
         return penalties | {"multi_k_loss": self.multi_k_coefficient * loss}

@@ -1,6 +1,7 @@
 """Arithmetic on matches whose cost grows with the matches, not with tokens x features."""
 
-from lightning_sae.sparse.decode import weighted_sum
-from lightning_sae.sparse.encode import matched_affinities
+from lightning_sae.sparse.decode import sum_directions
+from lightning_sae.sparse.encode import EncoderScores, matched_affinities
+from lightning_sae.sparse.rows import dot_rows
 
-__all__ = ["matched_affinities", "weighted_sum"]
+__all__ = ["EncoderScores", "dot_rows", "matched_affinities", "sum_directions"]

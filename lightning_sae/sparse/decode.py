@@ -5,20 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from lightning_sae.allocation import Matches
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
+_SHORTEST = 1e-12  # norm by which a row is divided, as in `torch.nn.functional.normalize`
 
-def weighted_sum(matches: Matches, dictionary: Tensor) -> Tensor:
-    """Add up, for each token, the dictionary rows of its matches, weighted by their values.
+_ROWS = 1024  # projected at a time: few enough to stay in a cache
 
-    Equal to `matches.to_dense() @ dictionary`, also in its gradients, without any tensor of tokens
-    x features where matches are sparse enough for gathering to be the cheaper way.
+
+def sum_directions(matches: Matches, dictionary: Tensor) -> Tensor:
+    """Add up, for each token, the directions of its matches, weighted by their values.
+
+    Equal to `matches.to_dense() @ normalize(dictionary)`, also in its gradients, without any tensor
+    of tokens x features, or another dictionary, where matches are sparse enough for gathering to be
+    the cheaper way. The gradient of a row is orthogonal to it.
 
     Args:
         matches: The matches, sorted by token.
-        dictionary: One row a feature, shape (features, d_model).
+        dictionary: One row a feature, of any norm, shape (features, d_model).
 
     Returns:
         Shape (tokens, d_model), the dtype of `dictionary`.
@@ -26,34 +32,46 @@ def weighted_sum(matches: Matches, dictionary: Tensor) -> Tensor:
     Example:
         >>> matches = Matches(torch.tensor([0, 0]), torch.tensor([0, 2]), torch.tensor([1.0, 2.0]),
         ...                   shape=(1, 3))
-        >>> weighted_sum(matches, torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.0, 1.0]]))
+        >>> sum_directions(matches, torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.0, 4.0]]))
         tensor([[1., 2.]])
     """
     values = matches.value.to(dictionary.dtype)
     if is_dense(matches):
-        return matches.to_dense(values) @ dictionary
-    out = sum_rows(dictionary, matches.token, matches.feature, values, matches.shape[0])
-    return _WithDictionaryGradient.apply(out, dictionary, matches, values.detach())  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
+        return matches.to_dense(values) @ functional.normalize(dictionary, dim=1)
+    norms = torch.linalg.vector_norm(dictionary.detach(), dim=1).clamp_min(_SHORTEST)
+    weights = values / norms[matches.feature]
+    out = sum_rows(dictionary, matches.token, matches.feature, weights, matches.shape[0])
+    return _WithDictionaryGradient.apply(out, dictionary, matches, weights.detach(), norms)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
 
 
 class _WithDictionaryGradient(torch.autograd.Function):
-    """The identity on a weighted sum, that gives the dictionary its gradient.
+    """The identity on a sum of directions, that gives the dictionary its gradient.
 
     Autograd's own form adds to the rows one match at a time: many times slower.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, dictionary: Tensor, matches: Matches, values: Tensor
+        ctx: Any,
+        out: Tensor,
+        dictionary: Tensor,
+        matches: Matches,
+        weights: Tensor,
+        norms: Tensor,
     ) -> Tensor:
         ctx.matches = matches
-        ctx.save_for_backward(values)
+        ctx.save_for_backward(dictionary, weights, norms)
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dictionary, weights, norms = ctx.saved_tensors
         token, feature, order = ctx.matches.by_feature
-        values = ctx.saved_tensors[0][order]
-        rows = sum_rows(grad, feature, token, values, ctx.matches.shape[1])
-        return grad, rows, None, None
+        rows = sum_rows(grad, feature, token, weights[order], ctx.matches.shape[1])
+        parts = zip(rows.split(_ROWS), dictionary.split(_ROWS), norms.split(_ROWS), strict=True)
+        for part, along, norm in parts:
+            # Along itself a row cannot change its direction.
+            radial = torch.linalg.vecdot(part, along) / norm.square()
+            part.addcmul_(along, radial.unsqueeze(1), value=-1)
+        return grad, rows, None, None, None

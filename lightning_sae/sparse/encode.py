@@ -1,13 +1,61 @@
-"""Give the values of matches their gradient."""
+"""Affinities a tile at a time, to choose from; then the gradient of those that were chosen."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from lightning_sae.allocation import Matches
+from lightning_sae.allocation import Matches, Scores
 from lightning_sae.sparse.rows import is_dense, sum_rows
+
+
+class EncoderScores(Scores):
+    """The scores of `x @ weight.T + bias`, each tile computed when it is read.
+
+    Args:
+        x: Inputs, shape (tokens, d_model).
+        weight: One row a feature, shape (features, d_model).
+        bias: Shape (features,).
+        rank: What makes scores of affinities, given some (tokens, features), which tokens and which
+            features they are of. Default: affinities are scores.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rank: Callable[[Tensor, slice, slice], Tensor] | None = None,
+    ) -> None:
+        super().__init__((len(x), len(weight)))
+        self._x, self._weight, self._bias = x.detach(), weight.detach(), bias.detach()
+        self._rank = rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self._x.device
+
+    def of_features(self, features: slice) -> Tensor:
+        """Return the scores of some features, shape (features, tokens)."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            affinities = self._weight[features] @ self._x.T
+            affinities += self._bias[features].unsqueeze(1)
+            if self._rank is None:
+                return affinities
+            everyone = slice(0, len(self._x))
+            return self._rank(affinities.T, everyone, features).T.contiguous()
+
+    def of_tokens(self, tokens: slice) -> Tensor:
+        """Return the scores of some tokens, shape (tokens, features)."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            affinities = functional.linear(self._x[tokens], self._weight, self._bias)
+            if self._rank is None:
+                return affinities
+            return self._rank(affinities, tokens, slice(0, len(self._weight))).contiguous()
 
 
 def matched_affinities(

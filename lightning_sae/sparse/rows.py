@@ -8,6 +8,8 @@ from lightning_sae.allocation import Matches
 
 DENSE_ABOVE = 1 / 16  # share of pairs that match: where gathers and a GEMM cost the same on a CPU
 
+_ENTRIES = 4096  # whose rows are copied at a time: few enough to stay in a cache
+
 
 def is_dense(matches: Matches) -> bool:
     """Return whether so many pairs match that dense products are cheaper than gathers."""
@@ -43,3 +45,25 @@ def sum_rows(table: Tensor, bag: Tensor, row: Tensor, weight: Tensor, bags: int)
     return functional.embedding_bag(
         row, table.detach(), starts, mode="sum", per_sample_weights=weight
     )
+
+
+def dot_rows(left: Tensor, left_row: Tensor, right: Tensor, right_row: Tensor) -> Tensor:
+    """Return the dot products of pairs of rows, no gradient.
+
+    Args:
+        left: Shape (rows, width).
+        left_row: Row of `left` of each entry, int64, shape (entries,).
+        right: Shape (rows, width).
+        right_row: Row of `right` of each entry, int64, shape (entries,).
+
+    Returns:
+        Shape (entries,).
+
+    Example:
+        >>> left, right = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+        >>> dot_rows(left, torch.tensor([0, 0]), right, torch.tensor([0, 1]))
+        tensor([11., 17.])
+    """
+    parts = zip(left_row.split(_ENTRIES), right_row.split(_ENTRIES), strict=True)
+    products = [torch.linalg.vecdot(left[one], right[other]) for one, other in parts]
+    return torch.cat(products)

@@ -43,7 +43,7 @@ from torch.nn import functional
 from lightning_sae.allocation import mutual_choice, threshold_choice
 from lightning_sae.losses import aux_k_loss, aux_zipf_loss
 from lightning_sae.metrics import zipf_statistics
-from lightning_sae.sparse import weighted_sum
+from lightning_sae.sparse import sum_directions
 from lightning_sae.zipf import zipf_deficit
 
 D_MODEL, N_FEATURES, K = 64, 384, 4
@@ -153,7 +153,7 @@ def train(problem: Problem, auxiliary: Loss, seed: int) -> dict[str, float]:
         affinities = (x - origin) @ encoder.T + bias
         matches = mutual_choice(affinities, K * TOKENS)
         dictionary = functional.normalize(decoder, dim=1)
-        error = x - origin - weighted_sum(matches, dictionary)
+        error = x - origin - sum_directions(matches, dictionary)
         loss = error.square().mean() / variance
         loss = loss + COEFFICIENT * auxiliary(affinities, error, dictionary, use)
         optimizer.zero_grad()

@@ -1,10 +1,10 @@
-"""The gradient of matched affinities against that of the dense affinities."""
+"""Affinities by the tile, and the gradient of matched ones, against the dense affinities."""
 
 import pytest
 import torch
 
 from lightning_sae.allocation import Matches, mutual_choice
-from lightning_sae.sparse import matched_affinities, rows
+from lightning_sae.sparse import EncoderScores, dot_rows, matched_affinities, rows
 
 TOKENS, FEATURES, D_MODEL = 5, 6, 3
 
@@ -36,3 +36,30 @@ def test_equals_dense_autograd(budget: int, dense_above: float, monkeypatch: pyt
     theirs = torch.autograd.grad(dense()[chosen.token, chosen.feature], parameters, upstream)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_scores_are_the_dense_affinities():
+    x, weight, bias = torch.randn(20, 5), torch.randn(30, 5), torch.randn(30)
+    dense = x @ weight.T + bias
+    scores = EncoderScores(x, weight, bias)
+    torch.testing.assert_close(scores.dense(), dense)
+    torch.testing.assert_close(scores.of_tokens(slice(3, 9)), dense[3:9])
+    torch.testing.assert_close(scores.of_features(slice(4, 8)), dense[:, 4:8].T)
+
+
+def test_scores_can_be_something_else_than_affinities():
+    x, weight, bias = torch.randn(20, 5), torch.randn(30, 5), torch.randn(30)
+    by_token, by_feature = torch.rand(20, 1), torch.rand(30)
+    scores = EncoderScores(x, weight, bias, lambda a, n, i: a * by_token[n] * by_feature[i])
+    dense = (x @ weight.T + bias) * by_token * by_feature
+    torch.testing.assert_close(scores.dense(), dense)
+    torch.testing.assert_close(scores.of_tokens(slice(3, 9)), dense[3:9])
+    torch.testing.assert_close(scores.of_features(slice(4, 8)), dense[:, 4:8].T)
+    assert scores.of_features(slice(4, 8)).is_contiguous()
+
+
+def test_dot_rows_are_entries_of_the_product(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rows, "_ENTRIES", 8)
+    left, right = torch.randn(6, 5), torch.randn(9, 5)
+    one, other = torch.randint(0, 6, (20,)), torch.randint(0, 9, (20,))
+    torch.testing.assert_close(dot_rows(left, one, right, other), (left @ right.T)[one, other])

@@ -1,0 +1,86 @@
+"""One pass over the tiles of scores, that keeps the few pairs among which a choice is made."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sae.allocation.matches import Matches
+from lightning_sae.allocation.scores import Scores
+
+Pairs = tuple[Tensor, Tensor, Tensor]  # token, feature and score of each
+
+
+def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None) -> Matches:
+    """Return pairs that hold the `budget` largest positive ones of the batch.
+
+    Args:
+        scores: Of all pairs.
+        budget: How many pairs are wanted. At most twice as many are held at any time, beside those
+            of one tile.
+        guess: Pairs below are left out: if fewer than the budget are found, it was too large.
+
+    Returns:
+        Pairs with their scores as values, sorted by feature, then by token.
+    """
+    found: list[Pairs] = []
+    held = 0
+    bound = torch.tensor(guess or 0.0, device=scores.device)
+    for start, tile in scores.feature_tiles():
+        if guess is None:
+            bound = bound.maximum(tile.bound(budget)) if budget else bound
+        feature, token, score = tile.above(bound)
+        found.append((token, feature + start, score))
+        held += len(score)
+        if held > 2 * budget:
+            kept = largest_of(join(found, scores), budget)
+            found, held = [(kept.token, kept.feature, kept.value)], budget
+            bound = kept.value.min() if budget else bound
+    return join(found, scores)
+
+
+def largest_of(pairs: Matches, count: int) -> Matches:
+    """Return the `count` pairs of largest value; of equal ones those of the first tokens.
+
+    Args:
+        pairs: Sorted by feature, then by token.
+        count: From 0; all are returned if there are fewer.
+
+    Returns:
+        Pairs in the order they were in.
+    """
+    if count == 0 or count >= len(pairs):
+        return pairs.select(pairs.token.new_ones(len(pairs), dtype=torch.bool) & (count > 0))
+    cut = pairs.value.topk(count).values[-1]
+    chosen = pairs.value >= cut
+    surplus = int(chosen.sum()) - count
+    if surplus:  # equal ones: drop the last
+        tied = (pairs.value == cut).nonzero().squeeze(1)
+        chosen[tied[pairs.token[tied].argsort(stable=True)[-surplus:]]] = False
+    return pairs.select(chosen)
+
+
+def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
+    """Return the `budgets[i]` largest positive pairs of each feature i.
+
+    Args:
+        scores: Of all pairs.
+        budgets: int64, shape (features,), 0 to tokens.
+
+    Returns:
+        Pairs with their scores as values, sorted by token, then by feature.
+    """
+    found = []
+    for start, tile in scores.feature_tiles():
+        feature, token, score = tile.largest(budgets[start : start + len(tile.rows)])
+        found.append((token, feature + start, score))
+    return join(found, scores).sort()
+
+
+def join(found: Sequence[Pairs], scores: Scores) -> Matches:
+    """Return the pairs found in several tiles as one, in the same order."""
+    if not found:
+        none = torch.empty(0, dtype=torch.int64, device=scores.device)
+        return Matches(none, none, none.float(), scores.shape)
+    token, feature, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Matches(token, feature, value, scores.shape)

@@ -1,0 +1,107 @@
+"""Scores of all pairs of a batch, a tile at a time: they need never be in memory at once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_sae.allocation.tile import Tile
+
+_PAIRS = 6 << 20  # in a tile: 24 MiB of float32, which glibc hands out again without page faults
+_PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
+
+
+class Scores(ABC):
+    """What a choice ranks pairs by: as a matrix (tokens, features), of which it reads tiles.
+
+    Attributes:
+        shape: (tokens, features).
+        thresholds: If set, one a feature: then `passing` is counted whenever all tiles of features
+            are read.
+        passing: How many tokens score above each feature's threshold, int64, (features,).
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.thresholds: Tensor | None = None
+        self.passing: Tensor
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where tiles are computed."""
+
+    @abstractmethod
+    def of_features(self, features: slice) -> Tensor:
+        """Return the scores of some features, float32 or wider, contiguous, (features, tokens)."""
+
+    @abstractmethod
+    def of_tokens(self, tokens: slice) -> Tensor:
+        """Return the scores of some tokens, float32 or wider, contiguous, (tokens, features)."""
+
+    def dense(self) -> Tensor:
+        """Return all scores at once, shape (tokens, features)."""
+        return self.of_tokens(slice(0, self.shape[0]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def feature_tiles(self) -> Iterator[tuple[int, Tile]]:
+        """Yield tiles whose rows are features, each with the number of its first feature.
+
+        Raises:
+            FloatingPointError: After the last one, if any score is NaN or infinite.
+        """
+        counts = []
+        for start, tile in self._tiles(self.shape[1], self.shape[0], self.of_features):
+            if self.thresholds is not None:
+                counts.append(tile.count_above(self.thresholds[start : start + len(tile.rows)]))
+            yield start, tile
+        if self.thresholds is not None:
+            self.passing = torch.cat(counts)
+
+    def token_tiles(self) -> Iterator[tuple[int, Tile]]:
+        """Yield tiles whose rows are tokens, each with the number of its first token.
+
+        Raises:
+            FloatingPointError: After the last one, if any score is NaN or infinite.
+        """
+        yield from self._tiles(self.shape[0], self.shape[1], self.of_tokens)
+
+    def _tiles(
+        self, rows: int, columns: int, compute: Callable[[slice], Tensor]
+    ) -> Iterator[tuple[int, Tile]]:
+        pairs = _PAIRS if self.device.type == "cpu" else _PAIRS_ON_GPU
+        step = max(1, pairs // max(1, columns))
+        total = torch.zeros((), device=self.device)
+        for start in range(0, rows, step):
+            tile = Tile(compute(slice(start, min(start + step, rows))))
+            yield start, tile
+            total = total + tile.maxima.sum()  # NaN or infinite if one of them is
+        if not bool(total.isfinite()):  # else a NaN would just never be chosen
+            raise FloatingPointError("scores are not finite")
+
+
+class TensorScores(Scores):
+    """Scores that are in memory as one tensor (tokens, features) of any floating-point type."""
+
+    def __init__(self, scores: Tensor) -> None:
+        if scores.dim() != 2:
+            raise ValueError(f"affinities must be (tokens, features), not {tuple(scores.shape)}")
+        super().__init__((scores.shape[0], scores.shape[1]))
+        # Detached and widened: 16-bit scores would tie so often that a choice became arbitrary.
+        self._scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensor is."""
+        return self._scores.device
+
+    def of_features(self, features: slice) -> Tensor:
+        """Return a transposed copy of some columns."""
+        return self._scores[:, features].T.contiguous()
+
+    def of_tokens(self, tokens: slice) -> Tensor:
+        """Return some rows."""
+        return self._scores[tokens].contiguous()
