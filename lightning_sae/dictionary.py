@@ -11,7 +11,7 @@ from lightning_sae.allocation import Matches
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed import sum_over_ranks
 from lightning_sae.metrics.base import widest_float
-from lightning_sae.sparse import dot_rows, matched_affinities, sum_directions
+from lightning_sae.sparse import dot_rows, gradient_parts, matched_affinities, sum_directions
 
 
 class Dictionary(pl.LightningModule):
@@ -131,17 +131,22 @@ class Dictionary(pl.LightningModule):
     def with_gradient(self, scaled: Tensor, matches: Matches) -> Matches:
         """Return matches whose values, chosen without autograd, have the encoder's gradient."""
         with torch.autocast(scaled.device.type, enabled=False):
-            values = matched_affinities(scaled, wide(self.b_dec), *self._encoder(), matches)
+            parts = gradient_parts(self.encoder.weight)
+            values = matched_affinities(scaled, wide(self.b_dec), *self._encoder(), matches, parts)
         return matches.with_values(values)
 
-    def reconstruct(self, matches: Matches) -> Tensor:
-        """Return the scaled activations (tokens, d_model) that matches stand for.
+    def sum_directions(self, matches: Matches) -> Tensor:
+        """Add up the directions (tokens, d_model) that matches stand for, without the origin.
 
         Stored rows have unit norm between steps; that their directions are added up makes it true
         in any training loop, and keeps the gradient of each row orthogonal to it.
         """
         with torch.autocast(matches.value.device.type, enabled=False):
-            return sum_directions(matches, wide(self.W_dec)) + wide(self.b_dec)
+            return sum_directions(matches, wide(self.W_dec), gradient_parts(self.W_dec))
+
+    def reconstruct(self, matches: Matches) -> Tensor:
+        """Return the scaled activations (tokens, d_model) that matches stand for."""
+        return self.sum_directions(matches) + wide(self.b_dec)
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
         return wide(self.encoder.weight), wide(self.encoder.bias)

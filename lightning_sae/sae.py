@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, Scores, score
+from lightning_sae.allocation import Importance, Matches, Scores, score, token_choice
 from lightning_sae.checks import (
     require_choice,
     require_not_negative,
@@ -30,6 +30,7 @@ from lightning_sae.metrics import (
     L0StandardDeviation,
     zipf_statistics,
 )
+from lightning_sae.optim import ChunkedAdam
 from lightning_sae.sparse import EncoderScores
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
@@ -133,18 +134,36 @@ class SparseAutoencoder(Dictionary, ABC):
         if self.aux_coefficient == 0:
             return {}
         dead, deficit = self.dead_features_mask(), self.deficit()
-        dying = (~dead & (deficit > 1 - self.dying_below)).nonzero().squeeze(1)
-        helped = torch.cat([dead.nonzero().squeeze(1), dying])
+        dying = ~dead & (deficit > 1 - self.dying_below)
         loss = aux_zipf_loss(
-            self.affinities(scaled, helped),
             error,
-            wide(self.W_dec)[helped],
-            deficit[dying],
-            k_aux=self.k_aux,
-            dying_below=self.dying_below,
+            self._modelled_by(dead, dead.float(), scaled, self.k_aux),
+            self._modelled_by(dying, deficit, scaled, max(1, self.k_aux // 8)),
+            self.dying_below,
         )
         name = "aux_zipf_loss" if self.dying_below else "aux_k_loss"
         return {name: self.aux_coefficient * loss}
+
+    def _modelled_by(self, mask: Tensor, weights: Tensor, scaled: Tensor, k: int) -> Tensor | None:
+        """Return what each token's k of some features, of largest weighted affinity, add up to."""
+        features = mask.nonzero().squeeze(1)
+        if not len(features):
+            return None
+        with torch.no_grad():
+            weight, bias = (each[features] for each in self._encoder())
+            centred = scaled - wide(self.b_dec)
+            weighted = weights[features].to(bias)
+            scores = EncoderScores(centred, weight, bias, lambda a, _, i: a * weighted[i])
+            chosen = token_choice(scores, min(k, len(features)))
+            chosen = Matches(
+                chosen.token,
+                features[chosen.feature],
+                chosen.value / weighted[chosen.feature],
+                (len(scaled), self.n_features),
+            )
+        matches = self.with_gradient(scaled, chosen)
+        weighted = weights.to(matches.value)[matches.feature]
+        return self.sum_directions(matches.with_values(matches.value * weighted))
 
     def observe(self, scores: Scores, chosen: Matches) -> None:
         """Update the architecture's own state, thresholds say, from a training batch.
@@ -390,6 +409,8 @@ class SparseAutoencoder(Dictionary, ABC):
         stays as it is if the run has no set number of steps.
         """
         optimizer = self._optimizer(self.parameters())
+        if isinstance(optimizer, ChunkedAdam):
+            self._require_one_device()
         steps = self.trainer.estimated_stepping_batches
         if self._lr_scheduler is not None:
             scheduler = self._lr_scheduler(optimizer)
@@ -402,6 +423,35 @@ class SparseAutoencoder(Dictionary, ABC):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _require_one_device(self) -> None:
+        # Neither DistributedDataParallel nor a gradient scaler sees gradients in parts.
+        if self.trainer.world_size > 1 or self.trainer.precision == "16-mixed":
+            raise ValueError(
+                f"optimizer=ChunkedAdam is for one device and no 16-mixed precision, not for "
+                f"devices={self.trainer.world_size}, precision={self.trainer.precision}: use "
+                "torch.optim.Adam"
+            )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients as the Trainer is set to, those that are in parts too.
+
+        Raises:
+            ValueError: If they are in parts and are to be clipped by value.
+        """
+        if not isinstance(optimizer, ChunkedAdam):
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_algorithm == "value":
+            raise ValueError("gradient_clip_algorithm=value: ChunkedAdam clips by norm only")
+        elif gradient_clip_val:
+            optimizer.clip_grad_norm(gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then restore the unit norm: before any callback can write a checkpoint."""

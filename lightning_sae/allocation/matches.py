@@ -50,7 +50,10 @@ class Matches:
 
     def with_values(self, value: Tensor) -> "Matches":
         """Return the same pairs with other values, shape (matches,)."""
-        return Matches(self.token, self.feature, value, self.shape)
+        matches = Matches(self.token, self.feature, value, self.shape)
+        if value.requires_grad:  # gradients of both will need it: sort once
+            matches.by_feature = self.by_feature
+        return matches
 
     def sort(self) -> "Matches":
         """Return matches that are sorted by feature, then by token, the other way round."""

@@ -2,6 +2,15 @@
 
 from lightning_sae.sparse.decode import sum_directions
 from lightning_sae.sparse.encode import EncoderScores, matched_affinities
+from lightning_sae.sparse.row_gradient import RowGradient, gradient_parts, keep_in_parts
 from lightning_sae.sparse.rows import dot_rows
 
-__all__ = ["EncoderScores", "dot_rows", "matched_affinities", "sum_directions"]
+__all__ = [
+    "EncoderScores",
+    "RowGradient",
+    "dot_rows",
+    "gradient_parts",
+    "keep_in_parts",
+    "matched_affinities",
+    "sum_directions",
+]

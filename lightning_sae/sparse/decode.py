@@ -8,23 +8,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightning_sae.allocation import Matches
+from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
-_SHORTEST = 1e-12  # norm by which a row is divided, as in `torch.nn.functional.normalize`
 
-_ROWS = 1024  # projected at a time: few enough to stay in a cache
-
-
-def sum_directions(matches: Matches, dictionary: Tensor) -> Tensor:
+def sum_directions(
+    matches: Matches, dictionary: Tensor, parts: list[RowGradient] | None = None
+) -> Tensor:
     """Add up, for each token, the directions of its matches, weighted by their values.
 
     Equal to `matches.to_dense() @ normalize(dictionary)`, also in its gradients, without any tensor
     of tokens x features, or another dictionary, where matches are sparse enough for gathering to be
-    the cheaper way. The gradient of a row is orthogonal to it.
+    the cheaper way. The gradient of a row is orthogonal to it: along itself a row cannot change its
+    direction.
 
     Args:
         matches: The matches, sorted by token.
         dictionary: One row a feature, of any norm, shape (features, d_model).
+        parts: Where to leave the gradient of the dictionary, which is then not given to autograd.
 
     Returns:
         Shape (tokens, d_model), the dtype of `dictionary`.
@@ -36,12 +37,13 @@ def sum_directions(matches: Matches, dictionary: Tensor) -> Tensor:
         tensor([[1., 2.]])
     """
     values = matches.value.to(dictionary.dtype)
-    if is_dense(matches):
+    if is_dense(matches) and parts is None:
         return matches.to_dense(values) @ functional.normalize(dictionary, dim=1)
-    norms = torch.linalg.vector_norm(dictionary.detach(), dim=1).clamp_min(_SHORTEST)
+    # The least norm is that of `normalize`.
+    norms = torch.linalg.vector_norm(dictionary.detach(), dim=1).clamp_min(1e-12)
     weights = values / norms[matches.feature]
     out = sum_rows(dictionary, matches.token, matches.feature, weights, matches.shape[0])
-    return _WithDictionaryGradient.apply(out, dictionary, matches, weights.detach(), norms)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
+    return _WithDictionaryGradient.apply(out, dictionary, matches, weights.detach(), parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
 
 
 class _WithDictionaryGradient(torch.autograd.Function):
@@ -57,21 +59,15 @@ class _WithDictionaryGradient(torch.autograd.Function):
         dictionary: Tensor,
         matches: Matches,
         weights: Tensor,
-        norms: Tensor,
+        parts: list[RowGradient] | None,
     ) -> Tensor:
-        ctx.matches = matches
-        ctx.save_for_backward(dictionary, weights, norms)
+        ctx.matches, ctx.parts = matches, parts
+        ctx.save_for_backward(dictionary, weights)
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dictionary, weights, norms = ctx.saved_tensors
-        token, feature, order = ctx.matches.by_feature
-        rows = sum_rows(grad, feature, token, weights[order], ctx.matches.shape[1])
-        parts = zip(rows.split(_ROWS), dictionary.split(_ROWS), norms.split(_ROWS), strict=True)
-        for part, along, norm in parts:
-            # Along itself a row cannot change its direction.
-            radial = torch.linalg.vecdot(part, along) / norm.square()
-            part.addcmul_(along, radial.unsqueeze(1), value=-1)
-        return grad, rows, None, None, None
+        dictionary, weights = ctx.saved_tensors
+        gradient = RowGradient.of(grad, weights, ctx.matches, along=dictionary)
+        return grad, leave_or_give(gradient, ctx.parts), None, None, None

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightning_sae.allocation import Matches, Scores
+from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
 
@@ -59,7 +60,12 @@ class EncoderScores(Scores):
 
 
 def matched_affinities(
-    x: Tensor, origin: Tensor, weight: Tensor, bias: Tensor, matches: Matches
+    x: Tensor,
+    origin: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    matches: Matches,
+    parts: list[RowGradient] | None = None,
 ) -> Tensor:
     """Return the affinities of matches, known already, with the gradient of the encoder.
 
@@ -73,6 +79,7 @@ def matched_affinities(
         weight: One row a feature, shape (features, d_model).
         bias: Shape (features,).
         matches: Pairs and their affinities, sorted by token.
+        parts: Where to leave the gradient of the weight, which is then not given to autograd.
 
     Returns:
         Shape (matches,), equal to `matches.value`.
@@ -86,15 +93,21 @@ def matched_affinities(
         tensor([[0., 0.],
                 [5., 3.]])
     """
-    return _MatchedAffinities.apply(x, origin, weight, bias, matches)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
+    return _MatchedAffinities.apply(x, origin, weight, bias, matches, parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
 
 
 class _MatchedAffinities(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, origin: Tensor, weight: Tensor, bias: Tensor, matches: Matches
+        ctx: Any,
+        x: Tensor,
+        origin: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        matches: Matches,
+        parts: list[RowGradient] | None,
     ) -> Tensor:
-        ctx.matches = matches
+        ctx.matches, ctx.parts = matches, parts
         ctx.save_for_backward(x, origin, weight)
         return matches.value.detach().clone()
 
@@ -106,16 +119,15 @@ class _MatchedAffinities(torch.autograd.Function):
         grad = grad.contiguous()  # a sum's gradient is expanded
         tokens, features = matches.shape
         to_bias = grad.new_zeros(features).index_add_(0, matches.feature, grad)
+        # Each match's gradient flows to the origin along its feature's row: add up per feature.
+        to_origin = -(to_bias @ weight)
         to_x = None
-        if is_dense(matches):
+        if is_dense(matches) and ctx.parts is None:
             dense = matches.to_dense(grad)
-            to_weight = dense.T @ (x - origin)
             if ctx.needs_input_grad[0]:
                 to_x = dense @ weight
-        else:
-            token, feature, order = matches.by_feature
-            to_weight = sum_rows(x - origin, feature, token, grad[order], features)
-            if ctx.needs_input_grad[0]:
-                to_x = sum_rows(weight, matches.token, matches.feature, grad, tokens)
-        # Each match's gradient flows to the origin along its feature's row: add up per feature.
-        return to_x, -(to_bias @ weight), to_weight, to_bias, None
+            return to_x, to_origin, dense.T @ (x - origin), to_bias, None, None
+        if ctx.needs_input_grad[0]:
+            to_x = sum_rows(weight, matches.token, matches.feature, grad, tokens)
+        to_weight = leave_or_give(RowGradient.of(x - origin, grad, matches), ctx.parts)
+        return to_x, to_origin, to_weight, to_bias, None, None

@@ -42,6 +42,11 @@ def sum_rows(table: Tensor, bag: Tensor, row: Tensor, weight: Tensor, bags: int)
                 [0., 3.]])
     """
     starts = torch.searchsorted(bag, torch.arange(bags, device=bag.device))
+    return sum_segments(table, row, weight, starts)
+
+
+def sum_segments(table: Tensor, row: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
+    """Do as `sum_rows`, where it is known at which entry each bag starts, int64, shape (bags,)."""
     return functional.embedding_bag(
         row, table.detach(), starts, mode="sum", per_sample_weights=weight
     )

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_sae.allocation import mutual_choice, threshold_choice
+from lightning_sae.allocation import mutual_choice, threshold_choice, token_choice
 from lightning_sae.losses import aux_k_loss, aux_zipf_loss
 from lightning_sae.metrics import zipf_statistics
 from lightning_sae.sparse import sum_directions
@@ -105,27 +105,31 @@ def no_loss(affinities: Tensor, error: Tensor, dictionary: Tensor, use: Use) -> 
 
 def aux_k(affinities: Tensor, error: Tensor, dictionary: Tensor, use: Use) -> Tensor:
     dead, _ = use.dead_and_dying()
-    return aux_k_loss(affinities[:, dead], error, dictionary[dead], K_AUX)
+    return aux_k_loss(error, model(affinities[:, dead], dictionary[dead], K_AUX))
 
 
 def one_pool(affinities: Tensor, error: Tensor, dictionary: Tensor, use: Use) -> Tensor:
     """Deficit-weighted reconstruction by dead (deficit 1) and dying features alike."""
     both = torch.cat(use.dead_and_dying())
     deficit = use.deficit.where(use.since_fired < DEAD_AFTER, 1.0)[both]
-    return aux_k_loss(affinities[:, both] * deficit, error, dictionary[both], K_AUX)
+    return aux_k_loss(error, model(affinities[:, both] * deficit, dictionary[both], K_AUX))
 
 
 def aux_zipf(affinities: Tensor, error: Tensor, dictionary: Tensor, use: Use) -> Tensor:
     dead, dying = use.dead_and_dying()
-    both = torch.cat([dead, dying])
+    weighted = affinities[:, dying] * use.deficit[dying]
     return aux_zipf_loss(
-        affinities[:, both],
         error,
-        dictionary[both],
-        use.deficit[dying],
-        k_aux=K_AUX,
-        dying_below=DYING_BELOW,
+        model(affinities[:, dead], dictionary[dead], K_AUX),
+        model(weighted, dictionary[dying], K_AUX // 8),
+        DYING_BELOW,
     )
+
+
+def model(affinities: Tensor, dictionary: Tensor, k: int) -> Tensor:
+    """Return what each token's k features of largest affinity add up to."""
+    k = min(k, len(dictionary))
+    return sum_directions(token_choice(affinities, k), dictionary) if k else affinities @ dictionary
 
 
 LOSSES: dict[str, Loss] = {
