@@ -8,6 +8,9 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Without a GPU, Triton's interpreter runs the kernels. Lightning imports Triton where it finds it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # Lightning 2.6 calls functions that jsonargparse deprecates from 4.49 on.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 

@@ -1,0 +1,41 @@
+"""Compile what the calls of every kernel would launch for a GPU, on a machine that has none.
+
+The interpreter runs what the compiler refuses: a loop that changes a variable's type, too much
+shared memory. A program of its own, because Triton cannot do both in one process.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from lightning_sae.sparse.kernels import dot_rows, pairs_above, sum_rows
+
+HOPPER = GPUTarget("cuda", 90, 32)  # H100, H200
+SHARED_MEMORY = 227 * 1024  # bytes that a program can have there
+
+
+def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any):
+    signature, constants = {}, {}
+    for parameter, arg in zip(kernel.params, args, strict=True):
+        constant = parameter.is_constexpr or arg is None
+        signature[parameter.name] = "constexpr" if constant else mangle_type(arg)
+        if constant:
+            constants[parameter.name] = arg
+    source = ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    print(kernel.__name__, args[0].dtype)
+
+
+JITFunction.run = compile_instead
+for dtype in (torch.float32, torch.bfloat16):
+    table, numbers = torch.zeros(600, 600, dtype=dtype), torch.zeros(600, dtype=dtype)
+    index = torch.arange(600)
+    for entries in (500, 600):  # one launch, several
+        sum_rows(table, index[:entries], index[:entries], numbers[:entries], 600)
+    dot_rows(table, index, table, index)
+    pairs_above(table, table, numbers, numbers.float())
