@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_sae.allocation import Matches
+from lightning_sae.sparse.on_gpu import with_kernel
 
 DENSE_ABOVE = 1 / 16  # share of pairs that match: where gathers and a GEMM cost the same on a CPU
 
@@ -17,6 +18,7 @@ def is_dense(matches: Matches) -> bool:
     return len(matches) > DENSE_ABOVE * tokens * features
 
 
+@with_kernel
 def sum_rows(table: Tensor, bag: Tensor, row: Tensor, weight: Tensor, bags: int) -> Tensor:
     """Add up, for each bag, the rows of a table that fall into it, times their weights.
 
