@@ -1,9 +1,10 @@
-"""Compile what the calls of every kernel would launch for a GPU, on a machine that has none.
+"""Compile what the calls of every kernel would launch on GPUs, on a machine that has none.
 
-The interpreter runs what the compiler refuses: a loop that changes a variable's type, too much
+The interpreter runs what compilers refuse: a loop that changes a variable's type, too much
 shared memory. A program of its own, because Triton cannot do both in one process.
 """
 
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from lightning_sae.sparse.kernels import dot_rows, pairs_above, sum_rows
 
-HOPPER = GPUTarget("cuda", 90, 32)  # H100, H200
-SHARED_MEMORY = 227 * 1024  # bytes that a program can have there
+SHARED_MEMORY = 227 * 1024  # bytes that a program can have, on Hopper as on Blackwell
 
 
-def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any):
+def compile_instead(
+    kernel: JITFunction, target: GPUTarget, *args: Any, grid: Any, warmup: bool, **options: Any
+):
     signature, constants = {}, {}
     for parameter, arg in zip(kernel.params, args, strict=True):
         constant = parameter.is_constexpr or arg is None
@@ -26,13 +28,18 @@ def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **
         if constant:
             constants[parameter.name] = arg
     source = ASTSource(kernel, signature, constants)
-    compiled = triton.compile(source, target=HOPPER, options=options)
+    compiled = triton.compile(source, target=target, options=options)
     assert compiled.metadata.shared <= SHARED_MEMORY
-    print(kernel.__name__, args[0].dtype)
+    print(kernel.__name__, target.arch, args[0].dtype)
 
 
-JITFunction.run = compile_instead
-for dtype in (torch.float32, torch.bfloat16):
+for capability, dtype in (
+    (90, torch.float32),  # H100, H200
+    (90, torch.bfloat16),
+    (100, torch.bfloat16),  # B200, whose matrix products take another way through the compiler
+):
+    target = GPUTarget("cuda", capability, warp_size=32)
+    JITFunction.run = partialmethod(compile_instead, target)
     table, numbers = torch.zeros(600, 600, dtype=dtype), torch.zeros(600, dtype=dtype)
     index = torch.arange(600)
     for entries in (500, 600):  # one launch, several

@@ -1,8 +1,8 @@
 """Triton twins of the functions of `lightning_sae.sparse`, for tensors on a GPU.
 
 Imported at the first call that a GPU serves, never with the package: Triton is optional. Tested in
-Triton's interpreter and compiled for a GPU of compute capability 9.0, but not yet run on any: tile
-sizes are estimates.
+Triton's interpreter and compiled for Hopper and Blackwell GPUs, but not yet run on any: tile sizes
+are estimates.
 """
 
 from lightning_sae.sparse.kernels.dots import dot_rows

@@ -46,7 +46,7 @@ def _search(
     count = torch.zeros(1, dtype=torch.int64, device=x.device)
     token, feature = torch.empty(2, room, dtype=torch.int32, device=x.device)
     affinity = torch.empty(room, dtype=torch.float32, device=x.device)
-    # Larger ones spill registers, as compiled for an H100.
+    # Larger ones spill many registers, as compiled for an H100.
     tile = (128, 64, 32) if x.dtype == torch.float32 else (128, 128, 64)
     _pairs_above[(triton.cdiv(tokens, tile[0]) * triton.cdiv(features, tile[1]),)](
         x.contiguous(),
@@ -107,9 +107,9 @@ def _pairs_above(
     affinity += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
     bound = tl.load(bounds + feature, mask=is_feature, other=float("inf"))
     above = ((affinity > bound[None, :]) & is_token[:, None]).to(tl.int32)
-    a_token = tl.sum(above, axis=1)
-    total = tl.sum(a_token, axis=0)
+    total = tl.sum(above)
     if total > 0:
+        a_token = tl.sum(above, axis=1)
         taken = tl.atomic_add(pairs, total.to(tl.int64), sem="relaxed")
         slot = (tl.cumsum(a_token, axis=0) - a_token)[:, None] + tl.cumsum(above, axis=1) - above
         fits = (above > 0) & (slot < room - taken)
