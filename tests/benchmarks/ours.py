@@ -1,0 +1,97 @@
+"""Our training steps: in a real `Trainer.fit`, and in a plain loop, part by part."""
+
+import tempfile
+from functools import partial
+from typing import Any
+
+from tests.benchmarks.rounds import Feed, Size
+
+ARCHITECTURES = {
+    "TopK": "TopKSAE",
+    "Mutual Choice": "MutualChoiceSAE",
+    "Feature Choice": "FeatureChoiceSAE",
+}
+CLIP = 1.0  # gradient_clip_val of the shipped configurations
+
+
+def build(architecture: str, size: Size, *, aux: bool = False) -> Any:
+    """Return an SAE of ours with a fused Adam."""
+    import torch
+
+    import lightning_sae
+
+    options: dict[str, Any] = {"aux_coefficient": 1 / 32 if aux else 0.0}
+    if architecture == "FeatureChoiceSAE":
+        # Features choose from the start, by a law that is given: the second phase of a run.
+        options |= {"mutual_choice_for": 0, "zipf_exponent": 1.0}
+        options |= {"zipf_offset": size.n_features / 1000}
+        options |= {"min_matches": min(1.0, size.k * size.tokens / size.n_features)}
+    return getattr(lightning_sae, architecture)(
+        size.d_model,
+        size.n_features,
+        size.k,
+        optimizer=partial(torch.optim.Adam, lr=2e-3, eps=6.25e-10, fused=True),
+        **options,
+    )
+
+
+def fit(feed: Feed, architecture: str, dead: float = 0.0) -> None:
+    """Train in a Trainer set up as in the shipped configurations, validation left out.
+
+    Args:
+        feed: Where batches come from.
+        architecture: Name of the class.
+        dead: Share of the features that the auxiliary loss takes for dead; 0 leaves it out.
+    """
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    import lightning_sae  # noqa: F401  # imported before memory is measured
+
+    feed.imported()
+    sae = build(architecture, feed.size, aux=dead > 0)
+    if dead:
+        feed.before_step = partial(_declare_dead, sae, dead)
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=1_000_000,
+            max_epochs=-1,
+            gradient_clip_val=CLIP,
+            log_every_n_steps=10,
+            logger=TensorBoardLogger(folder),
+            enable_checkpointing=False,
+        ).fit(sae, feed)
+
+
+def loop(feed: Feed, architecture: str) -> None:
+    """Train without a Trainer, taking the time of each part.
+
+    The choice is part of `loss`, so it is timed once more by itself: what `loss` takes beyond it is
+    decoding and the loss.
+    """
+    import torch
+
+    import lightning_sae  # noqa: F401  # imported before memory is measured
+
+    feed.imported()
+    sae = build(architecture, feed.size)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-3, eps=6.25e-10, fused=True)
+    for x in feed:
+        loss, _ = sae.loss(x)
+        feed.lap("loss")
+        optimizer.zero_grad()
+        loss.backward()
+        feed.lap("backward")
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), CLIP)
+        optimizer.step()
+        sae.normalize_decoder()
+        feed.lap("optimizer")
+        sae.match(x)
+        feed.lap("match")
+
+
+def _declare_dead(sae: Any, share: float) -> None:
+    """Let the same features count as dead in every step, whether they fired or not."""
+    sae.tokens_since_fired[: round(share * sae.n_features)] = sae.dead_after_tokens
