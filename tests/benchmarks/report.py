@@ -51,11 +51,11 @@ def write(folder: Path, measured: dict[Size, Outcome], *, rounds: int, threads: 
     )
 
 
-def floor(size: Size, outcome: Outcome) -> list[float]:
+def floor(size: Size, outcome: Outcome, name: str = MACHINE) -> list[float]:
     """Return, for each round, the seconds that no step can do without."""
     read = 4 * size.k * size.tokens * size.d_model * FLOAT
     moved = 2 * COPIED * FLOAT
-    parts = zip(*(outcome.laps(MACHINE, lap) for lap in ("gemm", "adam", "copy")), strict=True)
+    parts = zip(*(outcome.laps(name, lap) for lap in ("gemm", "adam", "copy")), strict=True)
     return [gemm + adam + copy * read / moved for gemm, adam, copy in parts]
 
 
