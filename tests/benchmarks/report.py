@@ -22,33 +22,27 @@ FLOAT = 4  # bytes
 
 
 def write(folder: Path, measured: dict[Size, Outcome], *, rounds: int, threads: int) -> None:
-    """Write what was measured as a page, as JSON and, unless it is of `--aux`, as a figure."""
-    about = {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "versions": {name: _version(name) for name in PACKAGES},
-        "threads": threads,
-        "rounds": rounds,
-        "load": os.getloadavg()[0],
-    }
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    clock = "CPU" if threads == 1 else "wall"
+    """Write what was measured as a page, as JSON and, where there is a floor, as a figure."""
+    versions = {name: _version(name) for name in PACKAGES}
+    load = os.getloadavg()[0]
     page = [
-        f"{about['machine']}, {threads} thread(s), {rounds} rounds, {clock} time; load average "
-        f"{about['load']:.1f} at the end. {versions}."
+        f"{_processor()}, {os.cpu_count()} cores, {threads} thread(s) in use, {rounds} rounds, "
+        f"{'CPU' if threads == 1 else 'wall'} time, load average {load:.1f} at the end. "
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}."
     ]
     for size, outcome in measured.items():
-        page += [
-            f"## {size}",
-            *(tables(size, outcome) if MACHINE in outcome.steps else [aux_table(outcome)]),
-        ]
+        page += [f"## {size}", *tables(size, outcome)]
         page += [f"{name} could not be run: {reason}" for name, reason in outcome.failures.items()]
     (folder / "training_step.md").write_text("\n\n".join(page) + "\n")
+
+    about = {"processor": _processor(), "threads": threads, "rounds": rounds, "load": load}
     raw = {str(size): asdict(outcome) for size, outcome in measured.items()}
-    (folder / "training_step.json").write_text(json.dumps(about | {"measured": raw}, indent=1))
-    draw(
-        {size: outcome for size, outcome in measured.items() if MACHINE in outcome.steps},
-        folder / "training_step.png",
-    )
+    text = json.dumps(about | {"versions": versions, "measured": raw}, indent=1)
+    (folder / "training_step.json").write_text(text)
+
+    drawn = {size: outcome for size, outcome in measured.items() if MACHINE in outcome.steps}
+    if drawn:
+        draw(drawn, folder / "training_step.png")
 
 
 def floor(size: Size, outcome: Outcome, name: str = MACHINE) -> list[float]:
@@ -60,12 +54,15 @@ def floor(size: Size, outcome: Outcome, name: str = MACHINE) -> list[float]:
 
 
 def tables(size: Size, outcome: Outcome) -> list[str]:
-    """Return the machine's rates, and tables of steps, of ratios to the peers', and of phases."""
+    """Return a page's tables for a size."""
+    if MACHINE not in outcome.steps:
+        return [aux_table(outcome)]
     names = [n for n in outcome.steps if n != MACHINE and not n.endswith((FIT, LOOP))]
+    peers = [name for name in names if name not in ARCHITECTURES]
     return [
         rates(size, outcome),
         step_table(size, outcome, names),
-        peer_table(outcome, names),
+        *([peer_table(outcome, peers)] if peers else []),
         phase_table(outcome),
     ]
 
@@ -110,13 +107,12 @@ def step_table(size: Size, outcome: Outcome, names: Iterable[str]) -> str:
     return table([*header, "peak MiB", "/ weights + Adam", "clips at"], rows)
 
 
-def peer_table(outcome: Outcome, names: Iterable[str]) -> str:
+def peer_table(outcome: Outcome, peers: Iterable[str]) -> str:
     """Return how many times as long as ours each peer's step takes."""
-    ours = [name for name in names if name in ARCHITECTURES]
+    ours = [name for name in ARCHITECTURES if name in outcome.steps]
     rows = [
         [name, *(f"{ratio(outcome.seconds(name), outcome.seconds(own)):.1f}" for own in ours)]
-        for name in names
-        if name not in ours
+        for name in peers
     ]
     return table(["step / ours", *ours], rows)
 

@@ -7,6 +7,7 @@ a step is what happens between one batch and the request for the next.
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -234,9 +235,9 @@ def _work(connection: Connection, contender: Contender, threads: int, log: Path)
             feed = Feed(connection, contender.size, batches, clock)
             contender.train(feed, **contender.options)
         except Exception as error:
+            traceback.print_exc()
             told = str(error).strip().splitlines() or [""]
             connection.send(f"{type(error).__name__}: {told[0]}")
-            raise
 
 
 def _memory(name: str) -> int:
