@@ -4,7 +4,7 @@
     python -m tests.benchmarks.training_step FOLDER
 
 writes `training_step.md`, `.json` and `.png` to the folder, in about 20 minutes on an idle machine
-with 16 GB; `--quick` takes one and shows no more than that everything runs. A library that is not
+with 24 GB; `--quick` shows in two that everything runs. A library that is not
 installed is left out, and the table says so.
 
 Every contender runs its own training loop in a process of its own: ours in `Trainer.fit`, set up as
