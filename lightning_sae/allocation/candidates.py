@@ -1,14 +1,10 @@
 """One pass over the tiles of scores, that keeps the few pairs among which a choice is made."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.matches import Matches
+from lightning_sae.allocation.matches import Matches, Pairs, join
 from lightning_sae.allocation.scores import Scores
-
-Pairs = tuple[Tensor, Tensor, Tensor]  # token, feature and score of each
 
 
 def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None) -> Matches:
@@ -23,6 +19,9 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
     Returns:
         Pairs with their scores as values, sorted by feature, then by token.
     """
+    if guess is not None and scores.search is not None:
+        pairs = scores.above(torch.tensor(max(guess, 0.0)))
+        return pairs.select(pairs.by_feature[2])
     found: list[Pairs] = []
     held = 0
     bound = torch.tensor(guess or 0.0, device=scores.device)
@@ -33,10 +32,10 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
         found.append((token, feature + start, score))
         held += len(score)
         if held > 2 * budget:
-            kept = largest_of(join(found, scores), budget)
+            kept = largest_of(join(found, scores.shape, scores.device), budget)
             found, held = [(kept.token, kept.feature, kept.value)], budget
             bound = kept.value.min() if budget else bound
-    return join(found, scores)
+    return join(found, scores.shape, scores.device)
 
 
 def largest_of(pairs: Matches, count: int) -> Matches:
@@ -74,13 +73,4 @@ def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
     for start, tile in scores.feature_tiles():
         feature, token, score = tile.largest(budgets[start : start + len(tile.rows)])
         found.append((token, feature + start, score))
-    return join(found, scores).sort()
-
-
-def join(found: Sequence[Pairs], scores: Scores) -> Matches:
-    """Return the pairs found in several tiles as one, in the same order."""
-    if not found:
-        none = torch.empty(0, dtype=torch.int64, device=scores.device)
-        return Matches(none, none, none.float(), scores.shape)
-    token, feature, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Matches(token, feature, value, scores.shape)
+    return join(found, scores.shape, scores.device).sort()

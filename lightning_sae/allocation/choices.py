@@ -22,12 +22,10 @@ from torch import Tensor
 from lightning_sae.allocation.candidates import (
     candidates_of_batch,
     candidates_of_features,
-    join,
     largest_of,
 )
-from lightning_sae.allocation.matches import Matches
+from lightning_sae.allocation.matches import Matches, join
 from lightning_sae.allocation.scores import Scores, TensorScores
-from lightning_sae.allocation.tile import strictly
 
 
 def token_choice(affinities: Tensor | Scores, k: int) -> Matches:
@@ -56,7 +54,7 @@ def token_choice(affinities: Tensor | Scores, k: int) -> Matches:
             torch.full((len(tile.rows),), k, device=tile.rows.device)
         )
         found.append((token + start, feature, score))
-    return valued(join(found, scores), affinities)
+    return valued(join(found, scores.shape, scores.device), affinities)
 
 
 def mutual_choice(affinities: Tensor | Scores, budget: int, guess: float | None = None) -> Matches:
@@ -134,14 +132,7 @@ def threshold_choice(affinities: Tensor | Scores, threshold: Tensor | float) -> 
         >>> threshold_choice(torch.tensor([[3.0, 1.0, -1.0]]), -2.0).to_dense()
         tensor([[3., 1., 0.]])
     """
-    scores = as_scores(affinities)
-    thresholds = torch.as_tensor(threshold, device=scores.device).expand(scores.shape[1])
-    found = []
-    for start, tile in scores.feature_tiles():
-        bounds = strictly(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))
-        feature, token, score = tile.above(bounds)
-        found.append((token, feature + start, score))
-    return valued(join(found, scores).sort(), affinities)
+    return valued(as_scores(affinities).above(torch.as_tensor(threshold)), affinities)
 
 
 def midpoint_thresholds(affinities: Tensor, matches: Matches) -> Tensor:

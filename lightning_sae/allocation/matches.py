@@ -1,10 +1,13 @@
 """The outcome of an allocation: which features each token is matched with, and how strongly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+Pairs = tuple[Tensor, Tensor, Tensor]  # token, feature and value of each
 
 
 @dataclass(eq=False)  # not frozen: Lightning moves what predict_step returns between devices
@@ -90,3 +93,18 @@ def matches_where(affinities: Tensor, chosen: Tensor) -> Matches:
     token, feature = chosen.nonzero(as_tuple=True)
     tokens, features = affinities.shape
     return Matches(token, feature, affinities[token, feature], (tokens, features))
+
+
+def join(found: Sequence[Pairs], shape: tuple[int, int], device: torch.device) -> Matches:
+    """Return the pairs found in several places as one, in the same order.
+
+    Args:
+        found: Token, feature and value of each pair, shape (pairs,) each.
+        shape: (tokens, features) of what they were found in.
+        device: Where they are, should there be none.
+    """
+    if not found:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return Matches(none, none, none.float(), shape)
+    token, feature, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Matches(token, feature, value, shape)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.tile import Tile
+from lightning_sae.allocation.matches import Matches, Pairs, join
+from lightning_sae.allocation.tile import Tile, strictly
 
 _PAIRS = 6 << 20  # in a tile: 24 MiB of float32, which glibc hands out again without page faults
 _PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
@@ -20,10 +21,13 @@ class Scores(ABC):
         thresholds: If set, one a feature: then `passing` is counted whenever all tiles of features
             are read.
         passing: How many tokens score above each feature's threshold, int64, (features,).
+        search: Where there is a faster way than tiles: what finds all pairs above thresholds, not
+            negative, float32, (features,), sorted by token, then by feature.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
+        self.search: Callable[[Tensor], Pairs] | None = None
         self.thresholds: Tensor | None = None
         self.passing: Tensor
 
@@ -46,6 +50,28 @@ class Scores(ABC):
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def above(self, thresholds: Tensor) -> Matches:
+        """Return all pairs that are positive and above the threshold of their feature.
+
+        Args:
+            thresholds: Shape (features,), or 0-d for one that holds for all.
+
+        Returns:
+            Pairs with their scores as values, sorted by token, then by feature.
+
+        Raises:
+            FloatingPointError: If any score is NaN or infinite.
+        """
+        thresholds = thresholds.to(self.device).expand(self.shape[1])
+        if self.search is not None:
+            return join([self.search(thresholds.clamp_min(0).float())], self.shape, self.device)
+        found = []
+        for start, tile in self.feature_tiles():
+            bounds = strictly(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))
+            feature, token, score = tile.above(bounds)
+            found.append((token, feature + start, score))
+        return join(found, self.shape, self.device).sort()
 
     def feature_tiles(self) -> Iterator[tuple[int, Tile]]:
         """Yield tiles whose rows are features, each with the number of its first feature.

@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightning_sae.allocation import Matches, Scores
+from lightning_sae.allocation.matches import Pairs
+from lightning_sae.sparse.on_gpu import has_kernel, pairs_above
 from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
@@ -34,6 +36,8 @@ class EncoderScores(Scores):
         super().__init__((len(x), len(weight)))
         self._x, self._weight, self._bias = x.detach(), weight.detach(), bias.detach()
         self._rank = rank
+        if rank is None and has_kernel(self._x):
+            self.search = self._search
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +61,12 @@ class EncoderScores(Scores):
             if self._rank is None:
                 return affinities
             return self._rank(affinities, tokens, slice(0, len(self._weight))).contiguous()
+
+    def _search(self, thresholds: Tensor) -> Pairs:
+        everything = self._x.sum() + self._weight.sum() + self._bias.sum()
+        if not bool(everything.isfinite()):  # the kernel would pass over NaN
+            raise FloatingPointError("scores are not finite")
+        return pairs_above(self._x, self._weight, self._bias, thresholds)
 
 
 def matched_affinities(

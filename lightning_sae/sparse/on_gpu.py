@@ -4,10 +4,12 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from lightning_sae.allocation.matches import Pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # kernels accumulate in float32
 
@@ -26,13 +28,30 @@ def with_kernel(
 
     @functools.wraps(function)
     def dispatch(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if first.is_cuda and first.dtype in DTYPES and _has_triton():
-            kernels = importlib.import_module("lightning_sae.sparse.kernels")
-            with torch.cuda.device(first.device):  # Triton launches on the current one
-                return getattr(kernels, function.__name__)(first, *args, **kwargs)  # type: ignore[no-any-return]  # looked up by name
+        if has_kernel(first):
+            return _kernel(function.__name__, first, *args, **kwargs)  # type: ignore[no-any-return]  # looked up by name
         return function(first, *args, **kwargs)
 
     return dispatch
+
+
+def has_kernel(tensor: Tensor) -> bool:
+    """Return whether a kernel can serve calls with this tensor."""
+    return tensor.is_cuda and tensor.dtype in DTYPES and _has_triton()
+
+
+def pairs_above(x: Tensor, weight: Tensor, bias: Tensor, bounds: Tensor) -> Pairs:
+    """Return token, feature and affinity of all pairs above bounds; only where `has_kernel`.
+
+    Its twin on the CPU goes by tiles: `lightning_sae.allocation.Scores.above`.
+    """
+    return _kernel("pairs_above", x, weight, bias, bounds)  # type: ignore[no-any-return]  # looked up by name
+
+
+def _kernel(name: str, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    kernels = importlib.import_module("lightning_sae.sparse.kernels")
+    with torch.cuda.device(first.device):  # Triton launches on the current one
+        return getattr(kernels, name)(first, *args, **kwargs)
 
 
 @functools.cache

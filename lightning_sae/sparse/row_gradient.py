@@ -49,7 +49,7 @@ class RowGradient:
 
     def dense(self) -> Tensor:
         """Return the whole of it, shape (features, width)."""
-        gradient = sum_segments(self.table, self.token, self.weight, self.starts[:-1])
+        gradient = sum_segments(self.table, self.token, self.weight, self.starts)
         for start, rows in zip(range(0, len(gradient), _ROWS), gradient.split(_ROWS), strict=True):
             self._project(rows, start)
         return gradient
@@ -58,7 +58,7 @@ class RowGradient:
         """Return the rows of some features, shape (end - start, width)."""
         first, last = self.starts[start].item(), self.starts[end].item()
         matches = slice(first, last)
-        starts = self.starts[start:end] - first
+        starts = self.starts[start : end + 1] - first
         rows = sum_segments(self.table, self.token[matches], self.weight[matches], starts)
         self._project(rows, start)
         return rows

@@ -43,17 +43,34 @@ def sum_rows(table: Tensor, bag: Tensor, row: Tensor, weight: Tensor, bags: int)
                 [0., 0.],
                 [0., 3.]])
     """
-    starts = torch.searchsorted(bag, torch.arange(bags, device=bag.device))
+    starts = torch.searchsorted(bag, torch.arange(bags + 1, device=bag.device))
     return sum_segments(table, row, weight, starts)
 
 
+@with_kernel
 def sum_segments(table: Tensor, row: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
-    """Do as `sum_rows`, where it is known at which entry each bag starts, int64, shape (bags,)."""
+    """Do as `sum_rows`, where it is known at which entry each bag starts.
+
+    Args:
+        table: Shape (rows, width). Treated as constant.
+        row: Row of each entry, int64, shape (entries,).
+        weight: Shape (entries,), the dtype of the table.
+        starts: First entry of each bag, and the number of entries, int64, shape (bags + 1,).
+
+    Returns:
+        Shape (bags, width); zero for a bag without entries.
+    """
     return functional.embedding_bag(
-        row, table.detach(), starts, mode="sum", per_sample_weights=weight
+        row,
+        table.detach(),
+        starts,
+        mode="sum",
+        per_sample_weights=weight,
+        include_last_offset=True,
     )
 
 
+@with_kernel
 def dot_rows(left: Tensor, left_row: Tensor, right: Tensor, right_row: Tensor) -> Tensor:
     """Return the dot products of pairs of rows, no gradient.
 

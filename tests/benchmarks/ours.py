@@ -14,12 +14,13 @@ ARCHITECTURES = {
 CLIP = 1.0  # gradient_clip_val of the shipped configurations
 
 
-def build(architecture: str, size: Size, *, aux: bool = False) -> Any:
-    """Return an SAE of ours with a fused Adam."""
+def build(architecture: str, size: Size, *, chunked: bool = False, aux: bool = False) -> Any:
+    """Return an SAE of ours with a fused Adam, or with one that steps in chunks."""
     import torch
 
     import lightning_sae
 
+    adam = lightning_sae.ChunkedAdam if chunked else partial(torch.optim.Adam, fused=True)
     options: dict[str, Any] = {"aux_coefficient": 1 / 32 if aux else 0.0}
     if architecture == "FeatureChoiceSAE":
         # Features choose from the start, by a law that is given: the second phase of a run.
@@ -30,17 +31,18 @@ def build(architecture: str, size: Size, *, aux: bool = False) -> Any:
         size.d_model,
         size.n_features,
         size.k,
-        optimizer=partial(torch.optim.Adam, lr=2e-3, eps=6.25e-10, fused=True),
+        optimizer=partial(adam, lr=2e-3, eps=6.25e-10),
         **options,
     )
 
 
-def fit(feed: Feed, architecture: str, dead: float = 0.0) -> None:
+def fit(feed: Feed, architecture: str, chunked: bool = False, dead: float = 0.0) -> None:
     """Train in a Trainer set up as in the shipped configurations, validation left out.
 
     Args:
         feed: Where batches come from.
         architecture: Name of the class.
+        chunked: Whether `ChunkedAdam` steps, which needs no gradient as large as the weights.
         dead: Share of the features that the auxiliary loss takes for dead; 0 leaves it out.
     """
     from lightning.pytorch import Trainer
@@ -49,7 +51,7 @@ def fit(feed: Feed, architecture: str, dead: float = 0.0) -> None:
     import lightning_sae  # noqa: F401  # imported before memory is measured
 
     feed.imported()
-    sae = build(architecture, feed.size, aux=dead > 0)
+    sae = build(architecture, feed.size, chunked=chunked, aux=dead > 0)
     if dead:
         feed.before_step = partial(_declare_dead, sae, dead)
     with tempfile.TemporaryDirectory() as folder:

@@ -58,7 +58,7 @@ def tables(size: Size, outcome: Outcome) -> list[str]:
     if MACHINE not in outcome.steps:
         return [aux_table(outcome)]
     names = [n for n in outcome.steps if n != MACHINE and not n.endswith((FIT, LOOP))]
-    peers = [name for name in names if name not in ARCHITECTURES]
+    peers = [name for name in names if not is_ours(name)]
     return [
         rates(size, outcome),
         step_table(size, outcome, names),
@@ -109,7 +109,7 @@ def step_table(size: Size, outcome: Outcome, names: Iterable[str]) -> str:
 
 def peer_table(outcome: Outcome, peers: Iterable[str]) -> str:
     """Return how many times as long as ours each peer's step takes."""
-    ours = [name for name in ARCHITECTURES if name in outcome.steps]
+    ours = [name for name in outcome.steps if is_ours(name) and not name.endswith((FIT, LOOP))]
     rows = [
         [name, *(f"{ratio(outcome.seconds(name), outcome.seconds(own)):.1f}" for own in ours)]
         for name in peers
@@ -150,6 +150,11 @@ def aux_table(outcome: Outcome) -> str:
     return table(["step", "ms", "ms with it", "its share", "peak MiB", "MiB with it"], rows)
 
 
+def is_ours(name: str) -> bool:
+    """Return whether a contender is one of ours, with whatever optimizer."""
+    return name.split(",")[0] in ARCHITECTURES
+
+
 def ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
     """Return the median of the ratios of each round."""
     return median(a / b for a, b in zip(seconds, of, strict=True))
@@ -177,7 +182,7 @@ def draw(measured: dict[Size, Outcome], path: Path) -> None:
         bars = axes.barh(
             names,
             [ratio(outcome.seconds(name), least) for name in names],
-            color=["tab:blue" if name in ARCHITECTURES else "tab:gray" for name in names],
+            color=["tab:blue" if is_ours(name) else "tab:gray" for name in names],
         )
         axes.bar_label(bars, fmt="%.1f", padding=2)
         axes.axvline(1, color="black", linewidth=1)

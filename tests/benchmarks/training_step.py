@@ -20,8 +20,7 @@ gradients of weights) at the speed of a copy, read and written bytes together. A
 measured here, in the same rounds. Rows that are still in a cache can beat it.
 
 The peers need torchvision, and one that was built for another torch than yours fails on import:
-install both from the same index first (CPU: https://download.pytorch.org/whl/cpu), or uninstall
-torchvision, which nothing here uses.
+install both from the same index first, or uninstall torchvision, which nothing here uses.
 """
 
 import argparse
@@ -48,6 +47,10 @@ def contenders(size: Size, **options: float) -> list[Contender]:
     """Return our training steps, then the peers'."""
     train = {
         **{name: (ours.fit, {"architecture": a}) for name, a in ours.ARCHITECTURES.items()},
+        **{
+            f"{name}, ChunkedAdam": (ours.fit, {"architecture": a, "chunked": True})
+            for name, a in ours.ARCHITECTURES.items()
+        },
         **{f"SAELens {rule}": (peers.saelens, {"rule": rule}) for rule in peers.RULES},
         **{
             f"dictionary_learning {rule}": (peers.dictionary_learning, {"rule": rule})

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from lightning_sae.allocation import Matches, mutual_choice
-from lightning_sae.sparse import EncoderScores, dot_rows, matched_affinities, rows
+from lightning_sae.allocation import Matches, mutual_choice, threshold_choice
+from lightning_sae.sparse import (
+    EncoderScores,
+    dot_rows,
+    encode,
+    kernels,
+    matched_affinities,
+    rows,
+)
 
 TOKENS, FEATURES, D_MODEL = 5, 6, 3
 
@@ -56,6 +63,34 @@ def test_scores_can_be_something_else_than_affinities():
     torch.testing.assert_close(scores.of_tokens(slice(3, 9)), dense[3:9])
     torch.testing.assert_close(scores.of_features(slice(4, 8)), dense[:, 4:8].T)
     assert scores.of_features(slice(4, 8)).is_contiguous()
+
+
+def test_a_kernel_finds_what_tiles_find(monkeypatch: pytest.MonkeyPatch):
+    """Where there is a kernel, here in Triton's interpreter, choices are the same."""
+    x, weight, bias = (torch.randint(-3, 4, shape).float() for shape in ((20, 5), (30, 5), (30,)))
+    by_tiles = EncoderScores(x, weight, bias)
+    monkeypatch.setattr(encode, "has_kernel", lambda tensor: True)
+    monkeypatch.setattr(encode, "pairs_above", kernels.pairs_above)
+    by_kernel = EncoderScores(x, weight, bias)
+    assert by_kernel.search is not None
+    thresholds = torch.randint(-2, 20, (30,)).float()
+    cut = mutual_choice(by_tiles, 60).value.min().item()
+    for choose in (
+        lambda scores: threshold_choice(scores, thresholds),
+        lambda scores: threshold_choice(scores, 5.0),
+        lambda scores: mutual_choice(scores, 60),
+        lambda scores: mutual_choice(scores, 60, guess=0.9 * cut),
+        lambda scores: mutual_choice(scores, 60, guess=cut),  # ties at the guess
+        lambda scores: mutual_choice(scores, 60, guess=1e9),
+        lambda scores: mutual_choice(scores, 600, guess=-1.0),
+    ):
+        found, expected = choose(by_kernel), choose(by_tiles)
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        assert torch.equal(found.feature, expected.feature)
+        for one, other in zip(found.by_feature, expected.by_feature, strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(FloatingPointError):
+        threshold_choice(EncoderScores(x, weight * torch.nan, bias), 5.0)
 
 
 def test_dot_rows_are_entries_of_the_product(monkeypatch: pytest.MonkeyPatch):

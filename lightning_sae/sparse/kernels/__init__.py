@@ -7,6 +7,6 @@ are estimates.
 
 from lightning_sae.sparse.kernels.dots import dot_rows
 from lightning_sae.sparse.kernels.pairs import pairs_above
-from lightning_sae.sparse.kernels.sums import sum_rows
+from lightning_sae.sparse.kernels.sums import sum_rows, sum_segments
 
-__all__ = ["dot_rows", "pairs_above", "sum_rows"]
+__all__ = ["dot_rows", "pairs_above", "sum_rows", "sum_segments"]

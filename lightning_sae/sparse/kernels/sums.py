@@ -30,40 +30,47 @@ class _SumRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(table, bag, row)
         starts = torch.searchsorted(bag, torch.arange(bags + 1, device=bag.device))
-        first, last = starts[:-1], starts[1:]
-        out = table.new_empty(bags, table.shape[1])
-        if len(row) <= PIECE:
-            _launch(table, row, weight, first, last, out)
-            return out
-        # A feature may fire on half the tokens. What its bag has beyond one piece is summed piece
-        # by piece, side by side with all others, before the bags are. As many pieces as there can
-        # be at most are launched, unneeded ones empty: to know their number is to wait for the GPU.
-        further = (last - first - 1).clamp(min=0) // PIECE
-        piece_last = further.cumsum(0)
-        piece_first = piece_last - further
-        piece = torch.arange(len(row) // PIECE, device=bag.device)
-        owner = torch.searchsorted(piece_last, piece, right=True).clamp(max=bags - 1)
-        start = first[owner] + (1 + piece - piece_first[owner]) * PIECE
-        sums = table.new_empty(len(piece), table.shape[1], dtype=torch.float32)
-        _launch(table, row, weight, start, (start + PIECE).minimum(last[owner]), sums)
-        _launch(
-            table,
-            row,
-            weight,
-            first,
-            last.minimum(first + PIECE),
-            out,
-            sums,
-            piece_first,
-            piece_last,
-        )
-        return out
+        return sum_segments(table, row, weight, starts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         table, bag, row = ctx.saved_tensors
         return None, None, None, dot_rows(grad, bag, table, row), None
+
+
+def sum_segments(table: Tensor, row: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
+    """Do as `sum_rows`, where it is known at which entry each bag starts. Not differentiable.
+
+    Args:
+        table: Shape (rows, width).
+        row: Row of each entry, int64, shape (entries,).
+        weight: Shape (entries,).
+        starts: First entry of each bag, and the number of entries, int64, shape (bags + 1,).
+
+    Returns:
+        Shape (bags, width), the dtype of the table.
+    """
+    first, last = starts[:-1].contiguous(), starts[1:].contiguous()
+    bags = len(first)
+    out = table.new_empty(bags, table.shape[1])
+    if len(row) <= PIECE:
+        _launch(table, row, weight, first, last, out)
+        return out
+    # A feature may fire on half the tokens. What its bag has beyond one piece is summed piece
+    # by piece, side by side with all others, before the bags are. As many pieces as there can
+    # be at most are launched, unneeded ones empty: to know their number is to wait for the GPU.
+    further = (last - first - 1).clamp(min=0) // PIECE
+    piece_last = further.cumsum(0)
+    piece_first = piece_last - further
+    piece = torch.arange(len(row) // PIECE, device=row.device)
+    owner = torch.searchsorted(piece_last, piece, right=True).clamp(max=bags - 1)
+    start = first[owner] + (1 + piece - piece_first[owner]) * PIECE
+    sums = table.new_empty(len(piece), table.shape[1], dtype=torch.float32)
+    _launch(table, row, weight, start, (start + PIECE).minimum(last[owner]), sums)
+    first_piece = last.minimum(first + PIECE)
+    _launch(table, row, weight, first, first_piece, out, sums, piece_first, piece_last)
+    return out
 
 
 def _launch(
