@@ -122,13 +122,26 @@ def test_overlays_parse_with_every_architecture(name: str, model: str, monkeypat
     main(["fit", "--config", f"{name}.yaml", *overlays])
 
 
+def test_a_large_dictionary_is_stepped_in_chunks(monkeypatch):
+    made = []
+    monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda cli: made.append(cli))
+    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda self, subcommand: None)
+    overlay = ["--config", "sizes/million_features.yaml", "--model.n_features", "4096"]
+    main(["fit", "--config", "feature_choice.yaml", *overlay])
+    optimizer = made[0].config.fit.model.init_args.optimizer
+    assert optimizer.class_path == "lightning_sae.ChunkedAdam"
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_optimizer_is_spelled_out(path: Path):
     """A class that a user swaps in would silently inherit what is left unsaid."""
     config = yaml.safe_load(path.read_text())
     if "model" in config:
         optimizer = config["model"]["init_args"]["optimizer"]
-        assert set(optimizer["init_args"]) == {"lr", "betas", "eps", "weight_decay"}
+        said = {"lr", "betas", "eps", "weight_decay"}
+        if optimizer["class_path"] == "torch.optim.Adam":
+            said.add("fused")
+        assert set(optimizer["init_args"]) == said
 
 
 def test_a_local_configuration_comes_before_the_packaged_one(tmp_path: Path):
