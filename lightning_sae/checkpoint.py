@@ -22,8 +22,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     next save to that name overwrites. Lightning's own way is not atomic where the folder for
     temporary files is on another file system.
 
-    Targets that are URLs (`s3://...`) are saved as Lightning does.
+    A file is read only if it is as it was written.
+
+    URLs (`s3://...`) are written and read as Lightning does.
     """
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint that `check_checkpoint` finds intact, if it is a file.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        if "://" not in str(path):
+            check_checkpoint(path)
+        return super().load_checkpoint(path, *args, **kwargs)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_sae
 from lightning_sae import SparseAutoencoder
-from lightning_sae.checkpoint import AtomicCheckpointIO, FiniteWeights, check_checkpoint
+from lightning_sae.checkpoint import AtomicCheckpointIO, FiniteWeights
 from lightning_sae.data import FrozenModelDataModule
 from lightning_sae.errors import one_line, one_line_errors
 from lightning_sae.signals import StopOnSignal, exit_on_signals
@@ -188,7 +188,6 @@ class SparseAutoencoderCLI(LightningCLI):
             return
         if path is None or not Path(path).is_file():
             raise ValueError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
-        check_checkpoint(path)
 
 
 def _silence_noise() -> None:

@@ -102,8 +102,27 @@ class Packer:
         self, documents: Dataset | IterableDataset, column: str
     ) -> Iterator[NDArray[np.int32]]:
         """Yields the contexts of a data set in its order, (context_length) each."""
-        for batch in documents.iter(batch_size=DOCUMENTS_AT_ONCE):
+        for batch in _read(documents):
             yield from self.pack(batch[column])
+
+
+def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    """Yields batches of documents; what reading them raises is about the text.
+
+    Raises:
+        ValueError: They cannot be read to their end.
+    """
+    batches = documents.iter(batch_size=DOCUMENTS_AT_ONCE)
+    for number in itertools.count():
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # there is no end to what files and networks raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            place = number * DOCUMENTS_AT_ONCE
+            raise ValueError(f"text cannot be read after document {place}: {reason}") from error
+        if batch is None:
+            return
+        yield batch
 
 
 def _pack_batch(batch: Any, packer: Packer, column: str) -> dict[str, NDArray[np.int32]]:

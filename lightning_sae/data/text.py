@@ -46,6 +46,8 @@ def load_documents(
     Raises:
         ValueError: The text, split or column does not exist, or holds too few documents.
     """
+    if not text:  # else it is the folder we are in
+        raise ValueError("text='' is no data set")
     path = Path(QUICKSTART if text == "quickstart" else text).expanduser()
     files = path.rglob("*") if path.is_dir() else [path]
     only_txt = {file.suffix for file in files} & set(TEXT.builders) == {".txt"}

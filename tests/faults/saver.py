@@ -11,7 +11,8 @@ SIZE = 300_000
 
 
 def checkpoint(number: int) -> dict:
-    return {"number": number, "weights": torch.full((SIZE,), float(number))}
+    weights = {"W_dec": torch.full((SIZE,), float(number))}
+    return {"number": number, "loops": {}, "state_dict": weights}
 
 
 def save_forever(path: Path, first: int) -> None:

@@ -71,6 +71,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("data.layer", 4, "layer=4 is out of range"),
     ("data.layer", -1, "layer=-1"),
     ("data.layer", "last", "\"layer\": Expected a <class 'int'>. Got value: last"),
+    ("data.text", "", "text='' is no data set"),
     ("data.text", "missing.parquet", "text='missing.parquet' does not exist"),
     ("data.text", "empty.jsonl", "text='empty.jsonl' has no documents"),
     ("data.text", "broken.jsonl", "text='broken.jsonl' cannot be read"),
@@ -184,3 +185,9 @@ def test_a_mistake_is_told(key: str, value: Any, expected: str, text: Path, told
 def test_a_wrong_line_is_told(line: list[str], expected: str, told, tmp_path: Path):
     assert expected in told(line)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_schedule_of_no_length(text: Path, told):
+    """Torch takes it, and divides by it after the first step."""
+    line = arguments(**{"data.text": text, "model.lr_scheduler": scheduler(step_size=0)})
+    assert "lr_scheduler=StepLR has a length of 0: integer modulo by zero" in told(line)

@@ -99,9 +99,9 @@ CHECKPOINTS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("command", ["fit", "test"])
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_hostile_checkpoint(name: str, command: str, told, tmp_path: Path):
+def test_a_hostile_checkpoint(name: str, command: str, text: Path, told, tmp_path: Path):
     (tmp_path / "x.ckpt").write_bytes(CHECKPOINTS[name]())
-    line = told(arguments(command, ckpt_path="x.ckpt"))
+    line = told(arguments(command, data__text=text, ckpt_path="x.ckpt"))
     assert "ckpt_path=x.ckpt is no checkpoint of an SAE, or is damaged" in line
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
 

@@ -111,3 +111,19 @@ def test_checkpoints_are_atomic_unless_the_user_names_another_way(named, text, m
     plugins = {"trainer__plugins": "TorchCheckpointIO"} if named is TorchCheckpointIO else {}
     main(run(text, **plugins))
     assert type(used[0]) is named
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("asked", "name"), [("hpc", "hpc_ckpt_3.ckpt"), ("last", "kept/last.ckpt")]
+)
+def test_a_damaged_checkpoint_that_lightning_finds(asked, name, text, told, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"PK")
+    callbacks = [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept"}}]
+    line = told(
+        arguments(data__text=text, trainer__callbacks=json.dumps(callbacks), ckpt_path=asked)
+    )
+    assert f"{name} is no checkpoint of an SAE, or is damaged" in line
+    assert checkpoints(tmp_path) == [path]
