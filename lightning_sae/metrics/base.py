@@ -52,8 +52,10 @@ class TotalsMetric(Metric):
         return super()._apply(move, exclude_state)
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        kept: Any = self._cache  # copies that sync() has made to restore the states from
         for name in self._reductions:
-            total = getattr(self, name).clone()  # a MetricCollection may share the original
+            # Adding up in the copies takes no third one. A MetricCollection may share originals.
+            total, kept[name] = kept[name], getattr(self, name)
             dist.all_reduce(total, group=process_group or self.process_group)
             setattr(self, name, total)
 
@@ -71,4 +73,4 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
         tensor([0.2500, 0.7500])
     """
     wide = widest_float(whole.device)
-    return (part.to(wide) / whole.to(wide)).float()
+    return part.to(wide, copy=True).div_(whole.to(wide)).float()  # in place: part may be huge

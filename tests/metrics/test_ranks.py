@@ -1,5 +1,6 @@
-"""The metrics on two ranks equal the metrics on one that saw everything."""
+"""The metrics on several ranks equal the metrics on one that saw everything."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -8,7 +9,8 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lightning_sae.metrics import FeatureDensity
-from tests.helpers.ddp import run_on_two
+from tests.benchmarks.metric_sync import FEATURES, peaks
+from tests.helpers.ddp import run_on, run_on_two
 from tests.metrics.samples import all_metrics, sample, split, values
 
 Batches = list[dict[str, Tensor]]
@@ -53,20 +55,21 @@ def close(value: Tensor, expected: Tensor, name: str) -> None:
     torch.testing.assert_close(value, expected, rtol=rtol, atol=0, equal_nan=True, msg=name)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @given(
-    plan=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1)), max_size=7),
+    plan=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=7),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, derandomize=True, max_examples=100)
-def test_any_division_over_two_ranks_equals_one_process(plan, seed):
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_any_division_over_ranks_equals_one_process(ranks, plan, seed):
     whole = sample(sum(tokens for tokens, _ in plan), seed)
     batches = split(whole, [tokens for tokens, _ in plan]) if plan else []
     per_rank = [
-        [batch for batch, (_, owner) in zip(batches, plan, strict=True) if owner == rank]
-        for rank in range(2)
+        [batch for batch, (_, owner) in zip(batches, plan, strict=True) if owner % ranks == rank]
+        for rank in range(ranks)  # some get none
     ]
     expected = values([whole])
-    for result in run_on_two(values_of_rank, per_rank):
+    for result in run_on(ranks, values_of_rank, per_rank):
         for name, value in result.items():
             close(value, expected[name], name)
 
@@ -87,3 +90,11 @@ def test_sync_adds_without_gathering_and_can_be_undone():
     first, second = run_on_two(states_around_a_sync)
     assert first == ([1, 0], [2, 1], [1, 0])
     assert second == ([1, 1], [2, 1], [1, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sixteen_million_features_are_added_up_in_little_memory(ranks: int):
+    for found in run_on(ranks, peaks, FEATURES):
+        for name, times in found.items():
+            assert times < (2.2 if name.endswith("sync") else 3.7), name
