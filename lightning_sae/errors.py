@@ -1,4 +1,4 @@
-"""Mistakes of the user told in one line; bugs with their traceback."""
+"""Mistakes of the user, and ranks that are gone, told in one line; bugs with their traceback."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import jsonargparse
 import lightning
 import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = ["one_line", "one_line_errors"]
 
@@ -28,18 +30,36 @@ UNTOLD = (
     "Subclass types",
 )
 """How lines of jsonargparse's messages begin that tell about its own workings."""
+GLOO = ("/gloo/", "caused pair closure")
+"""What its errors contain, which have no class of their own."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Exit with one line if the error is about the user's input, else let it pass."""
+    """Exit with one line if the error is no bug, else let it pass."""
     try:
         yield
     except Exception as error:
-        told = _about_the_input(error)
+        told = _about_other_ranks(error) or _about_a_schedule(error) or _about_the_input(error)
         if told is None:
             raise
         sys.exit(one_line(str(told)))
+
+
+def _about_other_ranks(error: BaseException) -> str | None:
+    """Return what to say if it was raised because another process did not answer."""
+    if isinstance(error, dist.DistError) or any(words in str(error) for words in GLOO):
+        return f"another process of the run has ended, or hangs: {error}".splitlines()[0]
+    return None
+
+
+def _about_a_schedule(error: BaseException) -> str | None:
+    """Return what to say if a schedule divides by a length of zero, which torch does not check."""
+    (*_, (frame, _)) = traceback.walk_tb(error.__traceback__)
+    schedule = frame.f_locals.get("self")
+    if isinstance(error, ZeroDivisionError) and isinstance(schedule, LRScheduler):
+        return f"lr_scheduler={type(schedule).__name__} has a length of 0: {error}"
+    return None
 
 
 def _about_the_input(error: BaseException) -> BaseException | None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,16 @@ def write_text(folder: Path) -> Path:
 def command(*args: Any, **changes: Any) -> list[str]:
     """The same as a program of its own."""
     return [sys.executable, "-m", "lightning_sae", *arguments(*args, **changes)]
+
+
+def processes(folder: Path) -> list[int]:
+    """The processes that work in a folder."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if (each / "cwd").readlink() == folder:
+                found.append(int(each.name))
+    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from lightning_sae import SparseAutoencoder
 from lightning_sae.cli import main
-from tests.faults.runs import arguments, command, curves, same, state
+from tests.faults.runs import arguments, command, curves, processes, same, state
 
 # Lightning remarks on settings that a six-step run must have.
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -143,15 +142,4 @@ def test_a_process_of_its_own(devices, sent, text, tmp_path, monkeypatch):
     assert time.monotonic() - start < 30
     assert state(tmp_path / "runs/topk/version_0/checkpoints/last.ckpt")["global_step"] > 0
     assert "Traceback" not in said
-    assert not [line for line in children(sys.executable) if str(tmp_path) in line]
-
-
-def children(program: str) -> list[str]:
-    """The command lines of all processes that run a program."""
-    lines = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(file.read_text().replace("\0", " "))
-        except OSError:  # it has just ended
-            continue
-    return [line for line in lines if line.startswith(program)]
+    assert not [each for each in processes(tmp_path) if each != os.getpid()]
