@@ -1,0 +1,100 @@
+"""A run that goes on and on: memory and open files stay where they are, and counts are exact."""
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_sae import MutualChoiceSAE, TopKSAE
+from lightning_sae.allocation import Matches
+from tests.benchmarks.metric_sync import resident
+from tests.helpers.superposition import superposition
+
+D_MODEL, TOKENS, BATCHES = 8, 32, 16
+
+
+class Activations(Dataset):
+    """Batches from memory, the same few again and again."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        tokens = superposition(BATCHES * TOKENS, D_MODEL, n_features=16, seed=0)
+        self.batches = tokens.split(TOKENS)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Tensor:
+        return self.batches[step % BATCHES]
+
+
+class Resources(pl.Callback):
+    """Notes the memory, in bytes, and the number of open files, every thousand steps."""
+
+    def __init__(self) -> None:
+        self.memory: list[int] = []
+        self.files: list[int] = []
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step % 1000 == 0:
+            self.memory.append(resident())
+            self.files.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208 - a number is all
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps(tmp_path: Path):
+    """With validations, checkpoints and curves, which are what could pile up."""
+    steps = 100_000
+    sae = MutualChoiceSAE(D_MODEL, 32, 3, dead_after_tokens=50 * TOKENS, dying_below=0.5)
+    resources = Resources()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=500,
+        limit_val_batches=2,
+        num_sanity_val_steps=0,
+        logger=CSVLogger(tmp_path, flush_logs_every_n_steps=500),
+        callbacks=[resources, ModelCheckpoint(tmp_path / "kept", every_n_train_steps=500)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        sae,
+        DataLoader(Activations(steps), batch_size=None),
+        DataLoader(Activations(2), batch_size=None),
+    )
+    assert sae.tokens_seen == steps * TOKENS
+    assert len(resources.memory) == steps // 1000
+    warm = resources.memory[4]
+    assert max(resources.memory[5:]) < 1.02 * warm, resources.memory
+    assert len(set(resources.files[5:])) == 1, resources.files
+
+
+PRECISIONS = ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"]
+
+
+@pytest.mark.parametrize("updates", [1000, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_counts_are_exact(precision: str, updates: int):
+    """One token a time: the first feature always fires, the second once, the third never."""
+    plugin = pl.Trainer(accelerator="cpu", precision=precision, logger=False).precision_plugin
+    sae = plugin.convert_module(TopKSAE(D_MODEL, 3, 1))
+    scores = plugin.convert_input(torch.ones(1, 3))
+    first, second = (
+        Matches(torch.tensor([0]), torch.tensor([feature]), scores[0, :1], (1, 3))
+        for feature in (0, 1)
+    )
+    for matches in (second, *[first] * (updates - 1)):
+        with plugin.forward_context():
+            sae._observe(scores, matches)
+            sae.feature_density.update(matches)
+    assert sae.tokens_seen == sae.feature_density.tokens == updates
+    assert sae.tokens_since_fired.tolist() == [0, updates - 1, updates]
+    assert sae.feature_density.fires.tolist() == [updates - 1, 1, 0]
