@@ -95,7 +95,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         max_density: float = 0.5,
         start_from: str | None = None,
         aux_coefficient: float = 1 / 32,
-        dying_below: float = 0.5,
+        dying_below: float = 0.75,
         k_aux: int | None = None,
         dead_after_tokens: int = 10_000_000,
         importance: Importance = "affinity",
