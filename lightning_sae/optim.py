@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from lightning_sae.sparse import gradient_parts, keep_in_parts
-
-_ROWS = 1024  # whose gradient is formed at a time: few enough to stay in a cache
+from lightning_sae.sparse import gradient_parts, keep_in_parts, rows_at_a_time
 
 
 class ChunkedAdam(torch.optim.Adam):
@@ -94,8 +92,9 @@ class ChunkedAdam(torch.optim.Adam):
         if parameter.grad is not None:
             yield slice(0, None), parameter.grad
         elif parts:
-            for start in range(0, len(parameter), _ROWS):
-                end = min(start + _ROWS, len(parameter))
+            step = rows_at_a_time(parameter)
+            for start in range(0, len(parameter), step):
+                end = min(start + step, len(parameter))
                 gradient = parts[0].rows(start, end)
                 for part in parts[1:]:
                     gradient += part.rows(start, end)

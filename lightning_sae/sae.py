@@ -151,14 +151,14 @@ class SparseAutoencoder(Dictionary, ABC):
             return None
         with torch.no_grad():
             weight, bias = (each[features] for each in self._encoder())
+            factor = weights[features].to(bias)
             centred = scaled - wide(self.b_dec)
-            weighted = weights[features].to(bias)
-            scores = EncoderScores(centred, weight, bias, lambda a, _, i: a * weighted[i])
+            scores = EncoderScores(centred, weight * factor.unsqueeze(1), bias * factor)
             chosen = token_choice(scores, min(k, len(features)))
             chosen = Matches(
                 chosen.token,
                 features[chosen.feature],
-                chosen.value / weighted[chosen.feature],
+                chosen.value / factor[chosen.feature],
                 (len(scaled), self.n_features),
             )
         matches = self.with_gradient(scaled, chosen)
@@ -226,6 +226,10 @@ class SparseAutoencoder(Dictionary, ABC):
         centred = scaled.detach() - wide(self.b_dec.detach())
         if self.importance == "affinity":
             return EncoderScores(centred, *self._encoder())
+        if self.importance == "token_norm":  # a factor for each token
+            ones = centred.new_ones(len(centred), 1)
+            scale = score(ones, self.importance, centred=centred, dictionary=self.W_dec)
+            return EncoderScores(centred, *self._encoder(), scale=scale.squeeze(1))
 
         def rank(affinities: Tensor, tokens: slice, features: slice) -> Tensor:
             dictionary = wide(self.W_dec[features])
@@ -233,7 +237,7 @@ class SparseAutoencoder(Dictionary, ABC):
                 affinities, self.importance, centred=centred[tokens], dictionary=dictionary
             )
 
-        return EncoderScores(centred, *self._encoder(), rank)
+        return EncoderScores(centred, *self._encoder(), rank=rank)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -16,8 +16,8 @@ from lightning_sae import (
     SparseAutoencoder,
     StandardSAE,
     TopKSAE,
-    optim,
 )
+from lightning_sae.sparse import row_gradient
 from tests.helpers.superposition import superposition
 
 D_MODEL, N_FEATURES = 8, 50
@@ -31,7 +31,7 @@ MAKE = {
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(optim, "_ROWS", 16)  # the last chunk is smaller
+    monkeypatch.setattr(row_gradient, "_ROWS", 16)  # the last chunk is smaller
 
 
 def train(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, batches: int = 2) -> Tensor:

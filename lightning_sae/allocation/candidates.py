@@ -19,9 +19,10 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
     Returns:
         Pairs with their scores as values, sorted by feature, then by token.
     """
-    if guess is not None and scores.search is not None:
-        pairs = scores.above(torch.tensor(max(guess, 0.0)))
-        return pairs.select(pairs.by_feature[2])
+    if scores.search is not None:
+        searched = scores.search.of_batch(budget, guess)
+        if searched is not None:
+            return searched
     found: list[Pairs] = []
     held = 0
     bound = torch.tensor(guess or 0.0, device=scores.device)
@@ -59,6 +60,28 @@ def largest_of(pairs: Matches, count: int) -> Matches:
     return pairs.select(chosen)
 
 
+def candidates_of_tokens(scores: Scores, count: int) -> Matches:
+    """Return the `count` largest positive pairs of each token.
+
+    Args:
+        scores: Of all pairs.
+        count: From 1 to features.
+
+    Returns:
+        Pairs with their scores as values, sorted by token, then by feature.
+    """
+    if scores.search is not None:
+        searched = scores.search.of_tokens(count)
+        if searched is not None:
+            return searched
+    found = []
+    for start, tile in scores.token_tiles():
+        counts = torch.full((len(tile.rows),), count, device=scores.device)
+        token, feature, score = tile.largest(counts)
+        found.append((token + start, feature, score))
+    return join(found, scores.shape, scores.device)
+
+
 def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
     """Return the `budgets[i]` largest positive pairs of each feature i.
 
@@ -69,6 +92,11 @@ def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
     Returns:
         Pairs with their scores as values, sorted by token, then by feature.
     """
+    if scores.search is not None:
+        searched = scores.search.of_features(budgets, scores.thresholds)
+        if searched is not None:
+            pairs, scores.passing = searched
+            return pairs
     found = []
     for start, tile in scores.feature_tiles():
         feature, token, score = tile.largest(budgets[start : start + len(tile.rows)])

@@ -22,9 +22,10 @@ from torch import Tensor
 from lightning_sae.allocation.candidates import (
     candidates_of_batch,
     candidates_of_features,
+    candidates_of_tokens,
     largest_of,
 )
-from lightning_sae.allocation.matches import Matches, join
+from lightning_sae.allocation.matches import Matches
 from lightning_sae.allocation.scores import Scores, TensorScores
 
 
@@ -48,13 +49,7 @@ def token_choice(affinities: Tensor | Scores, k: int) -> Matches:
     features = scores.shape[1]
     if not 1 <= k <= features:
         raise ValueError(f"k={k} is out of range: a token has 1 to {features} features to choose")
-    found = []
-    for start, tile in scores.token_tiles():
-        token, feature, score = tile.largest(
-            torch.full((len(tile.rows),), k, device=tile.rows.device)
-        )
-        found.append((token + start, feature, score))
-    return valued(join(found, scores.shape, scores.device), affinities)
+    return valued(candidates_of_tokens(scores, k), affinities)
 
 
 def mutual_choice(affinities: Tensor | Scores, budget: int, guess: float | None = None) -> Matches:

@@ -40,7 +40,7 @@ def among_largest(row: Tensor, score: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         row: Row of each entry, int64, shape (entries,).
-        score: Shape (entries,).
+        score: Positive, shape (entries,).
         counts: How many each row may take, int64, shape (rows,).
 
     Returns:
@@ -55,12 +55,15 @@ def places(row: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         row: Row of each entry, int64, shape (entries,).
-        score: Shape (entries,). Entries of equal score keep their order.
+        score: Positive, shape (entries,). Entries of equal score keep their order.
 
     Returns:
         The order that sorts them, and their numbers in that order, int64, shape (entries,).
     """
-    order = score.argsort(descending=True, stable=True)
-    order = order[row[order].argsort(stable=True)]
+    if score.dtype == torch.float32:  # of positive ones, bits are ordered as they are: sort once
+        order = ((row << 32) - score.view(torch.int32)).argsort(stable=True)
+    else:
+        order = score.argsort(descending=True, stable=True)
+        order = order[row[order].argsort(stable=True)]
     row = row[order]
     return order, torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.matches import Matches, Pairs, join
+from lightning_sae.allocation.matches import Matches, join
+from lightning_sae.allocation.search import Search
 from lightning_sae.allocation.tile import Tile, strictly
 
 _PAIRS = 6 << 20  # in a tile: 24 MiB of float32, which glibc hands out again without page faults
@@ -21,13 +22,12 @@ class Scores(ABC):
         thresholds: If set, one a feature: then `passing` is counted whenever all tiles of features
             are read.
         passing: How many tokens score above each feature's threshold, int64, (features,).
-        search: Where there is a faster way than tiles: what finds all pairs above thresholds, not
-            negative, float32, (features,), sorted by token, then by feature.
+        search: A faster way than tiles, where there is one.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
-        self.search: Callable[[Tensor], Pairs] | None = None
+        self.search: Search | None = None
         self.thresholds: Tensor | None = None
         self.passing: Tensor
 
@@ -65,7 +65,7 @@ class Scores(ABC):
         """
         thresholds = thresholds.to(self.device).expand(self.shape[1])
         if self.search is not None:
-            return join([self.search(thresholds.clamp_min(0).float())], self.shape, self.device)
+            return self.search.above(thresholds).sort()
         found = []
         for start, tile in self.feature_tiles():
             bounds = strictly(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))

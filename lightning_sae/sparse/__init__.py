@@ -2,7 +2,12 @@
 
 from lightning_sae.sparse.decode import sum_directions
 from lightning_sae.sparse.encode import EncoderScores, matched_affinities
-from lightning_sae.sparse.row_gradient import RowGradient, gradient_parts, keep_in_parts
+from lightning_sae.sparse.row_gradient import (
+    RowGradient,
+    gradient_parts,
+    keep_in_parts,
+    rows_at_a_time,
+)
 from lightning_sae.sparse.rows import dot_rows
 
 __all__ = [
@@ -12,5 +17,6 @@ __all__ = [
     "gradient_parts",
     "keep_in_parts",
     "matched_affinities",
+    "rows_at_a_time",
     "sum_directions",
 ]

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from lightning_sae.allocation import Matches, Scores
 from lightning_sae.allocation.matches import Pairs
-from lightning_sae.sparse.on_gpu import has_kernel, pairs_above
+from lightning_sae.allocation.search import Search
+from lightning_sae.sparse.on_gpu import block_maxima, has_kernel, pairs_above
 from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
@@ -22,6 +23,7 @@ class EncoderScores(Scores):
         x: Inputs, shape (tokens, d_model).
         weight: One row a feature, shape (features, d_model).
         bias: Shape (features,).
+        scale: What the affinities of each token are multiplied by, shape (tokens,). Default: 1.
         rank: What makes scores of affinities, given some (tokens, features), which tokens and which
             features they are of. Default: affinities are scores.
     """
@@ -31,13 +33,14 @@ class EncoderScores(Scores):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
+        scale: Tensor | None = None,
         rank: Callable[[Tensor, slice, slice], Tensor] | None = None,
     ) -> None:
         super().__init__((len(x), len(weight)))
         self._x, self._weight, self._bias = x.detach(), weight.detach(), bias.detach()
-        self._rank = rank
+        self._scale, self._rank = scale, rank
         if rank is None and has_kernel(self._x):
-            self.search = self._search
+            self.search = KernelSearch(self._x, self._weight, self._bias, scale)
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +52,8 @@ class EncoderScores(Scores):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             affinities = self._weight[features] @ self._x.T
             affinities += self._bias[features].unsqueeze(1)
+            if self._scale is not None:
+                affinities *= self._scale
             if self._rank is None:
                 return affinities
             everyone = slice(0, len(self._x))
@@ -58,15 +63,35 @@ class EncoderScores(Scores):
         """Return the scores of some tokens, shape (tokens, features)."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             affinities = functional.linear(self._x[tokens], self._weight, self._bias)
+            if self._scale is not None:
+                affinities *= self._scale[tokens].unsqueeze(1)
             if self._rank is None:
                 return affinities
             return self._rank(affinities, tokens, slice(0, len(self._weight))).contiguous()
 
-    def _search(self, thresholds: Tensor) -> Pairs:
-        everything = self._x.sum() + self._weight.sum() + self._bias.sum()
-        if not bool(everything.isfinite()):  # the kernel would pass over NaN
-            raise FloatingPointError("scores are not finite")
-        return pairs_above(self._x, self._weight, self._bias, thresholds)
+
+class KernelSearch(Search):
+    """A search by kernels; only where `has_kernel`. Arguments are those of `EncoderScores`."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> None:
+        super().__init__((len(x), len(weight)), x.device)
+        self._x, self._weight, self._bias, self._scale = x, weight, bias, scale
+
+    def pairs_above(self, bounds: Tensor) -> Pairs:
+        """Return all pairs that score above a bound."""
+        return pairs_above(self._x, self._weight, self._bias, self._scale, bounds)
+
+    def block_maxima(
+        self, rows: slice, thresholds: Tensor | None = None, *, of_tokens: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the maxima of blocks of some rows, and how many tokens pass thresholds."""
+        x, weight, bias, scale = self._x, self._weight, self._bias, self._scale
+        if of_tokens:
+            x, scale = x[rows], None if scale is None else scale[rows]
+        else:
+            weight, bias = weight[rows], bias[rows]
+            thresholds = None if thresholds is None else thresholds[rows].clamp_min(0).float()
+        return block_maxima(x, weight, bias, scale, thresholds, of_tokens=of_tokens)
 
 
 def matched_affinities(

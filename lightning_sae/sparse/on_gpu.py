@@ -40,12 +40,14 @@ def has_kernel(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in DTYPES and _has_triton()
 
 
-def pairs_above(x: Tensor, weight: Tensor, bias: Tensor, bounds: Tensor) -> Pairs:
-    """Return token, feature and affinity of all pairs above bounds; only where `has_kernel`.
+def pairs_above(x: Tensor, *args: Any) -> Pairs:
+    """Call the kernel of this name; only where `has_kernel`. Others go by tiles of scores."""
+    return _kernel("pairs_above", x, *args)  # type: ignore[no-any-return]  # looked up by name
 
-    Its twin on the CPU goes by tiles: `lightning_sae.allocation.Scores.above`.
-    """
-    return _kernel("pairs_above", x, weight, bias, bounds)  # type: ignore[no-any-return]  # looked up by name
+
+def block_maxima(x: Tensor, *args: Any, of_tokens: bool) -> tuple[Tensor, Tensor]:
+    """Call the kernel of this name; only where `has_kernel`. Others go by tiles of scores."""
+    return _kernel("block_maxima", x, *args, of_tokens=of_tokens)  # type: ignore[no-any-return]  # looked up by name
 
 
 def _kernel(name: str, first: Tensor, *args: Any, **kwargs: Any) -> Any:

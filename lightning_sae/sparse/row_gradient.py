@@ -9,7 +9,8 @@ from lightning_sae.allocation import Matches
 from lightning_sae.sparse.rows import sum_segments
 
 _PARTS = "gradient_parts"  # attribute of a parameter
-_ROWS = 1024  # projected at a time: few enough to stay in a cache
+_ROWS = 1024  # few enough to stay in a CPU's cache
+_ROWS_ON_GPU = 1 << 16  # 200 MB at a width of 768: enough to keep it busy
 
 
 @dataclass
@@ -50,7 +51,8 @@ class RowGradient:
     def dense(self) -> Tensor:
         """Return the whole of it, shape (features, width)."""
         gradient = sum_segments(self.table, self.token, self.weight, self.starts)
-        for start, rows in zip(range(0, len(gradient), _ROWS), gradient.split(_ROWS), strict=True):
+        step = rows_at_a_time(gradient)
+        for start, rows in zip(range(0, len(gradient), step), gradient.split(step), strict=True):
             self._project(rows, start)
         return gradient
 
@@ -70,6 +72,11 @@ class RowGradient:
         squared = torch.linalg.vecdot(along, along).clamp_min(1e-24)
         radial = torch.linalg.vecdot(rows, along) / squared
         rows.addcmul_(along, radial.unsqueeze(1), value=-1)
+
+
+def rows_at_a_time(matrix: Tensor) -> int:
+    """Return of how many rows of a matrix to make a chunk."""
+    return _ROWS_ON_GPU if matrix.is_cuda else _ROWS
 
 
 def gradient_parts(parameter: Tensor) -> list[RowGradient] | None:

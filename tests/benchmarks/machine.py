@@ -11,13 +11,13 @@ def primitives(feed: Feed) -> None:
     """Time the encode GEMM, a fused Adam over all weights, and a copy of `COPIED` floats."""
     feed.imported()
     width, features = feed.size.d_model, feed.size.n_features
-    encoder = torch.randn(features, width)
+    encoder = torch.randn(features, width, device=feed.device)
     # A fresh result would also measure how the system hands out memory.
-    affinities = torch.empty(feed.size.tokens, features)
-    weights = torch.zeros(2 * features, width, requires_grad=True)
+    affinities = torch.empty(feed.size.tokens, features, device=feed.device)
+    weights = torch.zeros(2 * features, width, device=feed.device, requires_grad=True)
     weights.grad = torch.ones_like(weights)
     optimizer = torch.optim.Adam([weights], fused=True)
-    source, target = torch.ones(COPIED), torch.ones(COPIED)
+    source, target = torch.ones(2, COPIED, device=feed.device)
     for x in feed:
         torch.mm(x, encoder.T, out=affinities)
         feed.lap("gemm")

@@ -56,7 +56,7 @@ def fit(feed: Feed, architecture: str, chunked: bool = False, dead: float = 0.0)
         feed.before_step = partial(_declare_dead, sae, dead)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
-            accelerator="cpu",
+            accelerator=feed.device,
             devices=1,
             max_steps=1_000_000,
             max_epochs=-1,
@@ -78,7 +78,7 @@ def loop(feed: Feed, architecture: str) -> None:
     import lightning_sae  # noqa: F401  # imported before memory is measured
 
     feed.imported()
-    sae = build(architecture, feed.size)
+    sae = build(architecture, feed.size).to(feed.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=2e-3, eps=6.25e-10, fused=True)
     for x in feed:
         loss, _ = sae.loss(x)

@@ -35,10 +35,11 @@ def saelens(feed: Feed, rule: Rule, dead: float = 0.0) -> None:
         SAETrainerConfig(
             total_training_samples=ENDLESS * size.tokens,
             train_batch_size_samples=size.tokens,
+            device=feed.device,
             lr_end=3e-5,  # a tenth, as their runner sets it; the schedule is constant
             logger=LoggingConfig(log_to_wandb=False),
         ),
-        sae_class(config),
+        sae_class(config).to(feed.device),
         feed,
     )
 
@@ -77,11 +78,11 @@ def dictionary_learning(feed: Feed, rule: Rule, dead: float = 0.0) -> None:
         "k": size.k,
         "layer": 0,
         "lm_name": "none",
-        "device": "cpu",
+        "device": feed.device,
         "auxk_alpha": 1 / 32 if dead else 0.0,
         "threshold_start_step": 0,  # as in all but the first 1,000 steps
     }
-    trainSAE(feed, [{"trainer": trainer, **options}], ENDLESS, device="cpu")
+    trainSAE(feed, [{"trainer": trainer, **options}], ENDLESS, device=feed.device)
 
 
 def sparsify(feed: Feed, optimizer: Literal["signum", "adam"], dead: float = 0.0) -> None:
@@ -96,13 +97,13 @@ def sparsify(feed: Feed, optimizer: Literal["signum", "adam"], dead: float = 0.0
     class Replay(nn.Module):
         """A "language model" whose one layer puts out the next batch."""
 
-        device = torch.device("cpu")
+        device = torch.device(feed.device)
         dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}  # noqa: RUF012
 
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Identity()
-            self.batch = torch.zeros(1, size.d_model)
+            self.batch = torch.zeros(1, size.d_model, device=feed.device)
 
         @property
         def base_model(self) -> nn.Module:

@@ -21,13 +21,16 @@ PACKAGES = ("torch", "lightning", "sae-lens", "dictionary-learning", "eai-sparsi
 FLOAT = 4  # bytes
 
 
-def write(folder: Path, measured: dict[Size, Outcome], *, rounds: int, threads: int) -> None:
+def write(
+    folder: Path, measured: dict[Size, Outcome], *, rounds: int, threads: int, device: str
+) -> None:
     """Write what was measured as a page, as JSON and, where there is a floor, as a figure."""
     versions = {name: _version(name) for name in PACKAGES}
     load = os.getloadavg()[0]
     page = [
-        f"{_processor()}, {os.cpu_count()} cores, {threads} thread(s) in use, {rounds} rounds, "
-        f"{'CPU' if threads == 1 else 'wall'} time, load average {load:.1f} at the end. "
+        f"{_processor(device)}, {os.cpu_count()} cores, {threads} thread(s) in use, {rounds} "
+        f"rounds, {'CPU' if threads == 1 and device == 'cpu' else 'wall'} time, load average "
+        f"{load:.1f} at the end. "
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}."
     ]
     for size, outcome in measured.items():
@@ -35,7 +38,7 @@ def write(folder: Path, measured: dict[Size, Outcome], *, rounds: int, threads: 
         page += [f"{name} could not be run: {reason}" for name, reason in outcome.failures.items()]
     (folder / "training_step.md").write_text("\n\n".join(page) + "\n")
 
-    about = {"processor": _processor(), "threads": threads, "rounds": rounds, "load": load}
+    about = {"processor": _processor(device), "threads": threads, "rounds": rounds, "load": load}
     raw = {str(size): asdict(outcome) for size, outcome in measured.items()}
     text = json.dumps(about | {"versions": versions, "measured": raw}, indent=1)
     (folder / "training_step.json").write_text(text)
@@ -89,8 +92,8 @@ def step_table(size: Size, outcome: Outcome, names: Iterable[str]) -> str:
 
     def times(seconds: Sequence[float]) -> list[str]:
         return [
-            f"{median(seconds) * 1e3:.0f}",
-            f"{min(seconds) * 1e3:.0f}",
+            milliseconds(median(seconds)),
+            milliseconds(min(seconds)),
             f"{size.tokens / median(seconds):,.0f}",
             f"{ratio(seconds, gemm):.2f}",
             f"{ratio(seconds, least):.2f}",
@@ -131,8 +134,8 @@ def phase_table(outcome: Outcome) -> str:
         loop = map(sum, zip(loss, backward, optimizer, strict=True))
         lightning = [fit - bare for fit, bare in zip(whole, loop, strict=True)]
         parts = (choose, decode, backward, optimizer, lightning)
-        cells = [f"{median(part) * 1e3:.0f} ({ratio(part, whole):.0%})" for part in parts]
-        rows.append([name, *cells, f"{median(whole) * 1e3:.0f}"])
+        cells = [f"{milliseconds(median(part))} ({ratio(part, whole):.0%})" for part in parts]
+        rows.append([name, *cells, milliseconds(median(whole))])
     header = ["ms", "encode + choose", "decode + loss", "backward", "optimizer", "Lightning", "all"]
     return table(header, rows)
 
@@ -144,7 +147,7 @@ def aux_table(outcome: Outcome) -> str:
         if name + AUX in outcome.steps:
             both = (name, name + AUX)
             plain, aux = map(outcome.seconds, both)
-            times = [f"{median(seconds) * 1e3:.0f}" for seconds in (plain, aux)]
+            times = [milliseconds(median(seconds)) for seconds in (plain, aux)]
             peaks = [f"{outcome.peak(each) / 2**20:.0f}" for each in both]
             rows.append([name, *times, f"{1 - ratio(plain, aux):.0%}", *peaks])
     return table(["step", "ms", "ms with it", "its share", "peak MiB", "MiB with it"], rows)
@@ -153,6 +156,11 @@ def aux_table(outcome: Outcome) -> str:
 def is_ours(name: str) -> bool:
     """Return whether a contender is one of ours, with whatever optimizer."""
     return name.split(",")[0] in ARCHITECTURES
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time in ms, with two digits behind the point if it is short."""
+    return f"{seconds * 1e3:.{0 if seconds > 0.02 else 2}f}"
 
 
 def ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
@@ -194,7 +202,11 @@ def draw(measured: dict[Size, Outcome], path: Path) -> None:
     plt.close(figure)
 
 
-def _processor() -> str:
+def _processor(device: str) -> str:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -91,9 +91,11 @@ class Feed:
         connection: Connection,
         size: Size,
         batches: Sequence[Any],
+        device: str,
         clock: Callable[[], float],
     ) -> None:
         self.size = size
+        self.device = device
         self.before_step: Callable[[], None] | None = None
         """Called before each step, outside the time taken."""
         self._connection = connection
@@ -106,6 +108,11 @@ class Feed:
 
     def imported(self) -> None:
         """Note the memory in use: what is added from here on is the contender's."""
+        if self.device != "cpu":
+            import torch
+
+            self._memory = torch.cuda.memory_allocated()
+            return
         with suppress(OSError):  # without it, the peak of the imports may hide that of a small SAE
             Path("/proc/self/clear_refs").write_text("5")
         self._memory = _memory("VmRSS")
@@ -125,7 +132,7 @@ class Feed:
     def __next__(self) -> Any:
         if self._handed_out:
             seconds = self._clock() - self._start
-            peak = _memory("VmHWM") - self._memory
+            peak = _peak(self.device) - self._memory
             self._connection.send(Step(seconds, peak, self._laps))
         else:
             self._connection.send("ready")
@@ -141,7 +148,7 @@ class Feed:
 
 
 def interleave(
-    contenders: Sequence[Contender], *, rounds: int, threads: int, logs: Path
+    contenders: Sequence[Contender], *, rounds: int, threads: int, device: str, logs: Path
 ) -> Outcome:
     """Let each contender take a step a round, in another order each time.
 
@@ -149,13 +156,14 @@ def interleave(
         contenders: Who takes part.
         rounds: Steps of each; one before them is not counted.
         threads: Threads of each.
+        device: Where they train, "cpu" or "cuda".
         logs: Folder for what they print.
     """
     logs.mkdir(parents=True, exist_ok=True)
     # Before torch is imported in the processes, which reads them then.
     os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    workers = [_Worker(contender, threads, logs) for contender in contenders]
+    workers = [_Worker(contender, threads, device, logs) for contender in contenders]
     steps: dict[str, list[Step]] = {worker.name: [] for worker in workers}
     try:
         for worker in workers:
@@ -180,13 +188,13 @@ def interleave(
 class _Worker:
     """A contender at work in its own process."""
 
-    def __init__(self, contender: Contender, threads: int, logs: Path) -> None:
+    def __init__(self, contender: Contender, threads: int, device: str, logs: Path) -> None:
         context = get_context("spawn")  # a fork would inherit the libraries of the others
         self.name = contender.name
         self.failure = ""
         log = logs / f"{contender.name}, {contender.size}.txt"
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, contender, threads, log)
+        arguments = (theirs, contender, threads, device, log)
         self._process = context.Process(target=_work, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -220,7 +228,9 @@ class _Worker:
         self._process.kill()
 
 
-def _work(connection: Connection, contender: Contender, threads: int, log: Path) -> None:
+def _work(
+    connection: Connection, contender: Contender, threads: int, device: str, log: Path
+) -> None:
     with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             import torch
@@ -229,15 +239,35 @@ def _work(connection: Connection, contender: Contender, threads: int, log: Path)
 
             torch.set_num_threads(threads)
             torch.manual_seed(0)
-            batches = draw(contender.size, BATCHES)
-            # The time that others take of a busy core does not count, where there is only one.
-            clock = time.process_time if threads == 1 else time.perf_counter
-            feed = Feed(connection, contender.size, batches, clock)
+            torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as people train on one
+            batches = [batch.to(device) for batch in draw(contender.size, BATCHES)]
+            feed = Feed(connection, contender.size, batches, device, _clock(threads, device))
             contender.train(feed, **contender.options)
         except Exception as error:
             traceback.print_exc()
             told = str(error).strip().splitlines() or [""]
             connection.send(f"{type(error).__name__}: {told[0]}")
+
+
+def _clock(threads: int, device: str) -> Callable[[], float]:
+    if device != "cpu":
+        return _finished
+    # The time that others take of a busy core does not count, where there is only one.
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def _finished() -> float:
+    """Return the time at which the GPU has done what it was given."""
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak(device: str) -> int:
+    import torch
+
+    return _memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def _memory(name: str) -> int:

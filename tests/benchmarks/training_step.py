@@ -11,8 +11,9 @@ Every contender runs its own training loop in a process of its own: ours in `Tra
 in the shipped configurations (clipping, TensorBoard, schedule) with a fused Adam; SAELens in
 `SAETrainer.fit`; dictionary_learning in `trainSAE`; sparsify in `Trainer.fit`, on a "language
 model" that hands out activations. They take steps in turns, in an order that rotates, and ratios
-are medians over rounds. Times are CPU time with one thread, else wall time. Auxiliary losses are
-off: `--aux` measures them instead.
+are medians over rounds. Times are CPU time with one thread, else wall time; with `--device cuda`
+they are wall time until the GPU is done, and float32 products are TF32 for everyone. Auxiliary
+losses are off: `--aux` measures them instead.
 
 The floor is what a step cannot do without: the encoder's matrix product, a fused Adam over all
 weights, and four rows of d_model floats read for each match (decoder, gradient of the codes, two
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where the report goes")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each contender")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--sizes", type=Size.parse, nargs="+", metavar="N,D,F,K", help="instead of the usual ones"
     )
@@ -98,9 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny, to see that everything runs")
     given = parser.parse_args(arguments)
 
-    go = functools.partial(
-        interleave, rounds=given.rounds, threads=given.threads, logs=given.folder / "logs"
-    )
+    setting = {"rounds": given.rounds, "threads": given.threads, "device": given.device}
+    go = functools.partial(interleave, logs=given.folder / "logs", **setting)
     sizes = given.sizes or (QUICK if given.quick else SIZES[2:3] if given.aux else SIZES)
     measured: dict[Size, Outcome] = {}
     for size in sizes:
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         groups = with_aux(size) if given.aux else [at_once(size), *without_trainer(size)]
         measured[size] = functools.reduce(operator.or_, map(go, groups))
         # After each size, so that a run that is cut short leaves what it has measured.
-        report.write(given.folder, measured, rounds=given.rounds, threads=given.threads)
+        report.write(given.folder, measured, **setting)
     print(f"see {given.folder}", flush=True)
 
 

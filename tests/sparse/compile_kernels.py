@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from lightning_sae.sparse.kernels import dot_rows, pairs_above, sum_rows
+from lightning_sae.sparse.kernels import block_maxima, dot_rows, pairs_above, sum_rows
 
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have, on Hopper as on Blackwell
 
@@ -45,4 +45,7 @@ for capability, dtype in (
     for entries in (500, 600):  # one launch, several
         sum_rows(table, index[:entries], index[:entries], numbers[:entries], 600)
     dot_rows(table, index, table, index)
-    pairs_above(table, table, numbers, numbers.float())
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        pairs_above(table, table, numbers, None, numbers.float())
+        block_maxima(table, table, numbers, numbers.float(), numbers.float(), of_tokens=False)

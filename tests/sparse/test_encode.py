@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from lightning_sae.allocation import Matches, mutual_choice, threshold_choice
+from lightning_sae.allocation import (
+    Matches,
+    feature_choice,
+    mutual_choice,
+    threshold_choice,
+    token_choice,
+)
 from lightning_sae.sparse import (
     EncoderScores,
     dot_rows,
@@ -57,7 +63,7 @@ def test_scores_are_the_dense_affinities():
 def test_scores_can_be_something_else_than_affinities():
     x, weight, bias = torch.randn(20, 5), torch.randn(30, 5), torch.randn(30)
     by_token, by_feature = torch.rand(20, 1), torch.rand(30)
-    scores = EncoderScores(x, weight, bias, lambda a, n, i: a * by_token[n] * by_feature[i])
+    scores = EncoderScores(x, weight, bias, by_token.squeeze(1), lambda a, _, i: a * by_feature[i])
     dense = (x @ weight.T + bias) * by_token * by_feature
     torch.testing.assert_close(scores.dense(), dense)
     torch.testing.assert_close(scores.of_tokens(slice(3, 9)), dense[3:9])
@@ -65,30 +71,44 @@ def test_scores_can_be_something_else_than_affinities():
     assert scores.of_features(slice(4, 8)).is_contiguous()
 
 
-def test_a_kernel_finds_what_tiles_find(monkeypatch: pytest.MonkeyPatch):
-    """Where there is a kernel, here in Triton's interpreter, choices are the same."""
-    x, weight, bias = (torch.randint(-3, 4, shape).float() for shape in ((20, 5), (30, 5), (30,)))
-    by_tiles = EncoderScores(x, weight, bias)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPatch):
+    """Where there are kernels, here in Triton's interpreter, choices are the same."""
+    tokens, features = 200, 150
+    shapes = ((tokens, 5), (features, 5), (features,))
+    x, weight, bias = (torch.randint(-3, 4, shape).float() for shape in shapes)
+    scale = torch.randint(1, 4, (tokens,)).float() if scaled else None
+    by_tiles = EncoderScores(x, weight, bias, scale)
+    for name in ("pairs_above", "block_maxima"):
+        monkeypatch.setattr(encode, name, getattr(kernels, name))
     monkeypatch.setattr(encode, "has_kernel", lambda tensor: True)
-    monkeypatch.setattr(encode, "pairs_above", kernels.pairs_above)
-    by_kernel = EncoderScores(x, weight, bias)
-    assert by_kernel.search is not None
-    thresholds = torch.randint(-2, 20, (30,)).float()
-    cut = mutual_choice(by_tiles, 60).value.min().item()
+    by_kernels = EncoderScores(x, weight, bias, scale)
+    assert by_kernels.search is not None
+    for scores in (by_kernels, by_tiles):
+        scores.thresholds = torch.arange(features) - 20.0
+    budgets = torch.arange(features) % 4
+    cut = mutual_choice(by_tiles, 200).value.min().item()
     for choose in (
-        lambda scores: threshold_choice(scores, thresholds),
+        lambda scores: threshold_choice(scores, torch.arange(features) - 20.0),
         lambda scores: threshold_choice(scores, 5.0),
-        lambda scores: mutual_choice(scores, 60),
-        lambda scores: mutual_choice(scores, 60, guess=0.9 * cut),
-        lambda scores: mutual_choice(scores, 60, guess=cut),  # ties at the guess
-        lambda scores: mutual_choice(scores, 60, guess=1e9),
-        lambda scores: mutual_choice(scores, 600, guess=-1.0),
+        lambda scores: token_choice(scores, 3),
+        lambda scores: token_choice(scores, 40),  # more than there are blocks
+        lambda scores: feature_choice(scores, budgets),
+        lambda scores: feature_choice(scores, 50 * (budgets == 1) + 0 * budgets),
+        lambda scores: feature_choice(scores, budgets.masked_fill(budgets.cumsum(0) > 1, 0)),
+        lambda scores: mutual_choice(scores, 200),
+        lambda scores: mutual_choice(scores, 200, guess=0.9 * cut),
+        lambda scores: mutual_choice(scores, 200, guess=cut),  # ties at the guess
+        lambda scores: mutual_choice(scores, 200, guess=1e9),
+        lambda scores: mutual_choice(scores, 6000, guess=-1.0),
+        lambda scores: mutual_choice(scores, 0),
     ):
-        found, expected = choose(by_kernel), choose(by_tiles)
+        found, expected = choose(by_kernels), choose(by_tiles)
         assert torch.equal(found.to_dense(), expected.to_dense())
         assert torch.equal(found.feature, expected.feature)
         for one, other in zip(found.by_feature, expected.by_feature, strict=True):
             assert torch.equal(one, other)
+    assert torch.equal(by_kernels.passing, by_tiles.passing)
     with pytest.raises(FloatingPointError):
         threshold_choice(EncoderScores(x, weight * torch.nan, bias), 5.0)
 

@@ -42,12 +42,14 @@ def summed_slowly(table: Tensor, bag: Tensor, row: Tensor, weight: Tensor, bags:
     return gathered.new_zeros(bags, table.shape[1]).index_add(0, bag, gathered)
 
 
-def pairs_slowly(
-    x: Tensor, weight: Tensor, bias: Tensor, bounds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def scores_slowly(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
     affinities = x.float() @ weight.float().T + bias.float()
-    token, feature = torch.nonzero(affinities > bounds, as_tuple=True)
-    return token, feature, affinities[token, feature]
+    return affinities if scale is None else affinities * scale[:, None]
+
+
+def pairs_slowly(scores: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    feature, token = torch.nonzero((scores > bounds).T, as_tuple=True)
+    return token, feature, scores[token, feature]
 
 
 class TestSumRows:
@@ -123,35 +125,37 @@ def test_dot_rows_equals_torch(entries: int, width: int, dtype: torch.dtype, see
         torch.testing.assert_close(result, expected.to(dtype))
 
 
-class TestPairsAbove:
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> Inputs:
+    """Inputs, encoder, and what affinities of each token are multiplied by."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    tokens = draw(st.sampled_from([0, 1, 2, 127, 128, 130]))
+    features = draw(st.sampled_from([0, 1, 3, 64, 65, 128, 129, 300]))  # 300: room may run out
+    width = draw(st.sampled_from([1, 5, 32, 33, 64, 70]))
     # The interpreter multiplies the bits of bfloat16 matrices, as integers.
+    dtype = draw(st.sampled_from(DTYPES if GPU else [torch.float32, torch.float16]))
+    x, weight = integers(tokens, width, dtype=dtype), integers(features, width, dtype=dtype)
+    scale = integers(tokens) if draw(st.booleans()) else None
+    return x, weight, integers(features, dtype=dtype), scale
+
+
+class TestPairsAbove:
     @settings(max_examples=40, deadline=None)
     @given(
-        tokens=st.sampled_from([0, 1, 2, 127, 128, 130]),
-        features=st.sampled_from([0, 1, 3, 64, 65, 128, 129, 300]),  # with 300, room may run out
-        width=st.sampled_from([1, 5, 32, 33, 64, 70]),
-        dtype=st.sampled_from(DTYPES if GPU else [torch.float32, torch.float16]),
+        given=inputs(),
         bound=st.sampled_from([None, -torch.inf, 0.0, 6.0, torch.inf]),
-        seed=st.integers(0, 99),
+        by_token=st.booleans(),
     )
-    def test_equals_torch(
-        self,
-        tokens: int,
-        features: int,
-        width: int,
-        dtype: torch.dtype,
-        bound: float | None,
-        seed: int,
-    ):
-        torch.manual_seed(seed)
-        x, weight = integers(tokens, width, dtype=dtype), integers(features, width, dtype=dtype)
-        bias = integers(features, dtype=dtype)
-        # Each feature has its own bound, or all have one; many affinities lie right on it.
-        bounds = integers(features) if bound is None else torch.full_like(bias, bound).float()
+    def test_equals_torch(self, given: Inputs, bound: float | None, by_token: bool):
+        scores = scores_slowly(*given)
+        # Each row has its own bound, or all have one; many scores lie right on it.
+        bounds = integers(len(scores), 1) if by_token else integers(scores.shape[1])
+        bounds = bounds if bound is None else torch.full_like(bounds, bound)
         for one, other in zip(
-            kernels.pairs_above(x, weight, bias, bounds),
-            pairs_slowly(x, weight, bias, bounds),
-            strict=True,
+            kernels.pairs_above(*given, bounds), pairs_slowly(scores, bounds), strict=True
         ):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
@@ -160,20 +164,45 @@ class TestPairsAbove:
         torch.manual_seed(0)
         x, weight = torch.randn(70, 50, device=DEVICE), torch.randn(90, 50, device=DEVICE)
         bias = torch.randn(90, device=DEVICE)
-        largest = (x @ weight.T + bias).sort(0).values
+        scores = scores_slowly(x, weight, bias, None)
+        largest = scores.sort(0).values
         bounds = (largest[60] + largest[61]) / 2  # rounding does not cross the middle of a gap
-        token, feature, affinity = kernels.pairs_above(x, weight, bias, bounds)
-        expected = pairs_slowly(x, weight, bias, bounds)
+        token, feature, score = kernels.pairs_above(x, weight, bias, None, bounds)
+        expected = pairs_slowly(scores, bounds)
         assert torch.equal(token, expected[0])
         assert torch.equal(feature, expected[1])
-        torch.testing.assert_close(affinity, expected[2], rtol=1e-6, atol=1e-5)  # TF32 would not be
+        torch.testing.assert_close(score, expected[2], rtol=1e-6, atol=1e-5)  # TF32 would not be
 
-    def test_not_a_number_is_not_above(self):
+    def test_not_a_number_is_above(self):
         x = torch.tensor([[torch.nan], [1.0]], device=DEVICE)
         ones = torch.ones(1, device=DEVICE)
-        token, _, affinity = kernels.pairs_above(x, ones[:, None], ones, -torch.inf * ones)
-        assert token.tolist() == [1]
-        assert affinity.tolist() == [2.0]
+        token, _, score = kernels.pairs_above(x, ones[:, None], ones, None, torch.inf * ones)
+        assert token.tolist() == [0]
+        assert score.isnan().all()
+
+
+class TestBlockMaxima:
+    @settings(max_examples=25, deadline=None)
+    @given(given=inputs(), of_tokens=st.booleans())
+    def test_equals_torch(self, given: Inputs, of_tokens: bool):
+        scores = scores_slowly(*given)
+        thresholds = integers(scores.shape[1])
+        maxima, counts = kernels.block_maxima(*given, thresholds, of_tokens=of_tokens)
+        rows = scores if of_tokens else scores.T
+        padded = scores.new_full((len(rows), 32 * maxima.shape[1]), -torch.inf)
+        padded[:, : rows.shape[1]] = rows
+        assert torch.equal(maxima, padded.unflatten(1, (maxima.shape[1], 32)).amax(2))
+        assert torch.equal(counts, (scores > thresholds).sum(0, dtype=torch.int32))
+
+    def test_pairs_have_the_same_bits(self):
+        torch.manual_seed(0)
+        x, weight = torch.randn(300, 70, device=DEVICE), torch.randn(200, 70, device=DEVICE)
+        bias, scale = torch.randn(200, device=DEVICE), torch.rand(300, device=DEVICE)
+        maxima, _ = kernels.block_maxima(x, weight, bias, scale, of_tokens=True)
+        below = torch.full((200,), -torch.inf, device=DEVICE)
+        _, _, score = kernels.pairs_above(x, weight, bias, scale, below)
+        blocks = score.view(200, 300).T[:, :192].reshape(300, 6, 32)
+        assert torch.equal(maxima[:, :6], blocks.amax(2))
 
 
 class TestWithKernel:

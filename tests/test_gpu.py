@@ -1,0 +1,75 @@
+"""A GPU trains what a CPU trains.
+
+Only where there is a GPU; elsewhere Triton's interpreter and compilers stand in for it
+(`sparse/test_kernels.py`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_sae import (
+    ChunkedAdam,
+    FeatureChoiceSAE,
+    MutualChoiceSAE,
+    SparseAutoencoder,
+    StandardSAE,
+    TopKSAE,
+)
+from tests.helpers.superposition import superposition
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+D_MODEL, N_FEATURES, K, TOKENS = 64, 1024, 8, 512
+
+feature_choice = partial(FeatureChoiceSAE, mutual_choice_for=0, zipf_exponent=1.0, zipf_offset=2.0)
+MAKE = {
+    "standard": partial(StandardSAE, D_MODEL, N_FEATURES, 0.5),
+    "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),
+    "mutual": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K, dead_after_tokens=2 * TOKENS),
+    "by norm": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K, importance="token_norm"),
+    "feature": partial(feature_choice, D_MODEL, N_FEATURES, K, min_matches=0.5),
+}
+ADAMS = {"Adam": partial(torch.optim.Adam, fused=True), "ChunkedAdam": ChunkedAdam}
+
+
+def losses(
+    make: Callable[[], SparseAutoencoder], adam: Callable[..., torch.optim.Optimizer], device: str
+) -> list[float]:
+    torch.manual_seed(0)
+    sae = make()
+    sae.to(device)
+    optimizer = adam(sae.parameters(), lr=1e-3)
+    found = []
+    for step in range(30):
+        loss, _ = sae.loss(superposition(TOKENS, D_MODEL, 256, seed=step).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sae.normalize_decoder()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("adam", ADAMS.values(), ids=ADAMS)
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_losses_are_those_of_a_cpu(make, adam):
+    # Other orders of adding up: now and then, an affinity falls on the other side of a threshold.
+    assert losses(make, adam, "cuda") == pytest.approx(losses(make, adam, "cpu"), rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "mutual", "feature"])
+def test_tokens_times_features_are_never_in_memory(architecture: str):
+    make, tokens, features = MAKE[architecture].func, 16384, 65536
+    options = MAKE[architecture].keywords
+    with torch.device("cuda"):
+        sae = make(D_MODEL, features, K, **options).cuda()
+        x = torch.randn(tokens, D_MODEL)
+    for _ in range(2):  # the second has a threshold to start from
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss, _ = sae.loss(x)
+        loss.backward()
+        assert torch.cuda.max_memory_allocated() - before < tokens * features  # a quarter
