@@ -122,6 +122,50 @@ def test_a_job_is_queued_again_by_slurm(whole, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_two_tasks_are_queued_again_by_slurm(text, tmp_path, monkeypatch):
+    """As above, for two tasks that `srun` starts: both are sent the signal."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    settings = {"data__text": text, "trainer__accelerator": "cpu", "trainer__max_steps": 60}
+    settings |= {"trainer__devices": 2, "trainer__strategy": "ddp"}
+    settings |= {"trainer__val_check_interval": 20}
+
+    def srun(job: int, folder: Path) -> list[subprocess.Popen]:
+        folder.mkdir(exist_ok=True)
+        shared = os.environ | {"SLURM_JOB_ID": str(job), "SLURM_JOB_NAME": "sae"}
+        shared |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+        return [
+            subprocess.Popen(  # noqa: S603 - ours
+                command(**settings),
+                cwd=folder,
+                env=shared | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            )
+            for task in range(2)
+        ]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert [task.wait(300) for task in srun(71, whole)] == [0, 0]
+    tasks = srun(72, cut)
+    while not list(cut.rglob("events.out.*")):
+        time.sleep(0.1)
+    time.sleep(3)
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+    while not (tmp_path / "asked").exists():
+        time.sleep(0.1)
+    for task in tasks:
+        task.send_signal(signal.SIGTERM)
+    assert [task.wait(60) for task in tasks] == [143, 143]
+    assert (tmp_path / "asked").read_text() == "requeue 72\n"
+    assert 0 < state(cut / "hpc_ckpt_1.ckpt")["global_step"] < 60
+    assert [task.wait(300) for task in srun(72, cut)] == [0, 0]  # the same command
+    ends = [sorted(folder.rglob("last.ckpt"))[-1] for folder in (whole, cut)]
+    assert same(*map(state, ends))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("sent", [TERM, INT])
 def test_a_process_of_its_own(devices, sent, text, tmp_path, monkeypatch):
