@@ -5,8 +5,9 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
+import torch
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -105,7 +106,13 @@ class SparseAutoencoderCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the language model decide the width of the SAE."""
+        """Let the language model decide the width, and the user how exact products are."""
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="As torch.set_float32_matmul_precision: with `high`, a GPU computes in TF32.",
+        )
         parser.link_arguments("data.d_model", "model.init_args.d_model", apply_on="instantiate")
 
     @staticmethod
@@ -128,6 +135,10 @@ class SparseAutoencoderCLI(LightningCLI):
                 value = config.trainer[name]
                 if isinstance(value, int | float) and value < least:
                     parser.error(f"trainer.{name}={value} must be at least {least}")
+
+    def before_instantiate_classes(self) -> None:
+        """Set what nothing that is instantiated sets."""
+        torch.set_float32_matmul_precision(self._get(self.config, "float32_matmul_precision"))
 
     def _parse_ckpt_path(self) -> None:
         """Keep to the configuration: a checkpoint's hyperparameters must not override it."""

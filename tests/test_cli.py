@@ -45,6 +45,15 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["lightning_sae"])
 
 
+@pytest.mark.parametrize("given", [[], ["--float32_matmul_precision=high"]])
+def test_products_are_as_exact_as_the_user_says(given: list[str], monkeypatch: pytest.MonkeyPatch):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    with pytest.raises(SystemExit):  # for it trains nothing
+        main([*arguments("fit", "topk.yaml", trainer__max_steps="0"), *given])
+    assert said == ["high" if given else "highest"]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, capsys):
     main(arguments("fit", f"{name}.yaml"))
