@@ -3,8 +3,11 @@
     python notebooks/paper_claims.py
 
 Each run adds a line to `paper_claims.jsonl`, and a run that has one is not made again: it can be
-interrupted. On two cores the whole takes about an hour and a half. To repeat it on GPT-2 small, set
-`MODEL` to `["--config", "models/gpt2_small.yaml"]` and delete the results.
+interrupted. On two cores the whole takes about an hour and a half.
+
+To repeat it on GPT-2 small, set `MODEL` to `["--config", "models/gpt2_small.yaml"]` and move the
+results away. Runs are then as large and as long as that file says, so use a GPU; it has not been
+done. The penalties in `L1` will not give k matches a token there.
 """
 
 import csv
@@ -56,6 +59,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {  # for one k only
     "feature zipf from scratch, aux_zipf": ("feature_choice", FROM_SCRATCH),
     "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"}),
+    "mutual by token_norm": ("mutual_choice", TOKEN_NORM | NO_AUX),
+    "mutual, aux_zipf below half": ("mutual_choice", {"dying_below": 0.5}),
 }
 
 
@@ -93,11 +98,10 @@ def train_and_test(seed: int, k: int, variant: str) -> dict[str, Any]:
     folder = WORK / f"{variant.replace(' ', '_')}-{k}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     arguments = [
-        *("--config", f"{config}.yaml", *MODEL, "--config", str(HERE / "paper_claims.yaml")),
+        *("--config", f"{config}.yaml", "--config", str(HERE / "paper_claims.yaml"), *MODEL),
         *(f"--model.{key}={value}" for key, value in changes.items()),
         *(f"--seed_everything={seed}", f"--trainer.logger.save_dir={folder}"),
-        *(f"--data.cache_dir={WORK / 'cache'}",),
-        *(() if MODEL else (f"--data.text={WORK / 'text'}",)),
+        *(() if MODEL else (f"--data.text={WORK / 'text'}", f"--data.cache_dir={WORK / 'cache'}")),
     ]
     sys.argv = ["lightning_sae"]
     with redirect_stdout(StringIO()):
