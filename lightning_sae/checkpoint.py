@@ -93,8 +93,11 @@ class FiniteWeights(pl.Callback):
                 )
 
 
-def check_checkpoint(path: str | Path) -> None:
+def check_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file through, running nothing that is in it.
+
+    Returns:
+        What is in it, tensors only as far as they are looked at.
 
     Raises:
         ValueError: It is no checkpoint of an SAE, or not as it was written: cut short, a bit
@@ -110,6 +113,7 @@ def check_checkpoint(path: str | Path) -> None:
         complete = False
     if not complete:
         raise ValueError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
+    return found
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,10 +12,11 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 import lightning_sae
 from lightning_sae import SparseAutoencoder
-from lightning_sae.checkpoint import AtomicCheckpointIO, FiniteWeights
+from lightning_sae.checkpoint import AtomicCheckpointIO, FiniteWeights, check_checkpoint
 from lightning_sae.data import FrozenModelDataModule
 from lightning_sae.errors import one_line, one_line_errors
 from lightning_sae.signals import StopOnSignal, exit_on_signals
@@ -199,6 +200,9 @@ class SparseAutoencoderCLI(LightningCLI):
             return
         if path is None or not Path(path).is_file():
             raise ValueError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            # It reads files by itself, and loads what it can before anyone may object.
+            self.model.on_load_checkpoint(check_checkpoint(path))
 
 
 def _silence_noise() -> None:

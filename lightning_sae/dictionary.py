@@ -5,12 +5,14 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from lightning_sae.allocation import Matches
 from lightning_sae.checks import require_positive
 from lightning_sae.distributed import sum_over_ranks
 from lightning_sae.metrics.base import widest_float
+from lightning_sae.sharding import Share, distribute, local, share_features
 from lightning_sae.sparse import dot_rows, gradient_parts, matched_affinities, sum_directions
 
 
@@ -32,6 +34,7 @@ class Dictionary(pl.LightningModule):
         input_mean: Mean of the first training batch, in the units of the activations, (d_model,).
         input_scale: Factor s applied to activations before they are encoded, 0-d.
         initialized: Whether mean, scale and `b_dec` have been set, bool, 0-d.
+        share: Which features have their rows in this process: all, until they are shared out.
     """
 
     input_mean: Tensor
@@ -50,10 +53,27 @@ class Dictionary(pl.LightningModule):
         self.encoder.bias.data.zero_()
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.share = Share((n_features,))
         # float32 also where the default is a 16-bit type
         self.register_buffer("input_mean", torch.zeros(d_model, dtype=torch.float32))
         self.register_buffer("input_scale", torch.tensor(1.0, dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
+
+    def share_out(self, mesh: DeviceMesh) -> None:
+        """Keep the parameters of some features only: each process of the mesh has its own.
+
+        From then on all of them must read the same tokens, and call the same methods in the same
+        order. Does nothing if features are shared out already.
+
+        Args:
+            mesh: The processes, one-dimensional.
+
+        Raises:
+            ValueError: If there are more processes than features.
+        """
+        if self.share.mesh is None:
+            self.share = share_features(self.n_features, mesh)
+            distribute(self, self.share, replicated=frozenset({"b_dec"}))
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -78,23 +98,24 @@ class Dictionary(pl.LightningModule):
         scale = (self.d_model / variance).sqrt()
         self.input_mean.copy_(mean)
         self.input_scale.copy_(scale)
-        self.b_dec.copy_(mean * scale)
+        local(self.b_dec).copy_(mean * scale)
         self.initialized.fill_(True)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Give every row of `W_dec` unit norm again. Call it after each optimizer step."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
+        rows = local(self.W_dec)
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12))
 
     def affinities(self, scaled: Tensor, features: Tensor | None = None) -> Tensor:
-        """Return the affinities of scaled activations with all features, or with some.
+        """Return the affinities of scaled activations with the features here, or with some.
 
         In float32 or wider under every precision, because 16-bit affinities tie too often for a
         choice between them to mean anything.
 
         Args:
             scaled: Shape (tokens, d_model).
-            features: Indices of the features wanted, int64.
+            features: Indices of the features wanted among those here, int64.
 
         Returns:
             Shape (tokens, features).
@@ -103,13 +124,15 @@ class Dictionary(pl.LightningModule):
             weight, bias = self._encoder()
             if features is not None:
                 weight, bias = weight[features], bias[features]
-            return functional.linear(scaled - wide(self.b_dec), weight, bias)
+            centred = self.share.fan_out(scaled - wide(self.b_dec))
+            return functional.linear(centred, weight, bias)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the activations (..., d_model) that codes (..., n_features) stand for."""
         with torch.autocast(codes.device.type, enabled=False):
             dictionary = functional.normalize(wide(self.W_dec), dim=1)
-            return (codes.to(dictionary.dtype) @ dictionary + wide(self.b_dec)) / self.input_scale
+            own = self.share.fan_out(codes)[..., self.share.here].to(dictionary.dtype)
+            return (self.share.sum(own @ dictionary) + wide(self.b_dec)) / self.input_scale
 
     def scaled(self, x: Tensor) -> Tensor:
         """Return activations (tokens, d_model) in units in which codes are computed, float32.
@@ -126,14 +149,17 @@ class Dictionary(pl.LightningModule):
         with torch.autocast(scaled.device.type, enabled=False):
             weight, bias = self._encoder()
             centred = scaled - wide(self.b_dec)
-            return dot_rows(centred, matches.token, weight, matches.feature) + bias[matches.feature]
+            own = self.share.own(matches)
+            values = dot_rows(centred, own.token, weight, own.feature) + bias[own.feature]
+            return self.share.complete(values, matches)
 
     def with_gradient(self, scaled: Tensor, matches: Matches) -> Matches:
         """Return matches whose values, chosen without autograd, have the encoder's gradient."""
         with torch.autocast(scaled.device.type, enabled=False):
-            parts = gradient_parts(self.encoder.weight)
-            values = matched_affinities(scaled, wide(self.b_dec), *self._encoder(), matches, parts)
-        return matches.with_values(values)
+            x, origin = self.share.fan_out(scaled), self.share.fan_out(wide(self.b_dec))
+            own, parts = self.share.own(matches), gradient_parts(self.encoder.weight)
+            values = matched_affinities(x, origin, *self._encoder(), own, parts)
+        return matches.with_values(self.share.put(values, matches))
 
     def sum_directions(self, matches: Matches) -> Tensor:
         """Add up the directions (tokens, d_model) that matches stand for, without the origin.
@@ -142,7 +168,8 @@ class Dictionary(pl.LightningModule):
         in any training loop, and keeps the gradient of each row orthogonal to it.
         """
         with torch.autocast(matches.value.device.type, enabled=False):
-            return sum_directions(matches, wide(self.W_dec), gradient_parts(self.W_dec))
+            own, parts = self.share.own(matches), gradient_parts(self.W_dec)
+            return self.share.sum(sum_directions(own, wide(self.W_dec), parts))
 
     def reconstruct(self, matches: Matches) -> Tensor:
         """Return the scaled activations (tokens, d_model) that matches stand for."""
@@ -167,5 +194,6 @@ class Dictionary(pl.LightningModule):
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, or in float64 if that is what it is."""
+    """Return this process's rows of a tensor in float32, or in float64 if that is what it is."""
+    tensor = local(tensor)
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -20,7 +20,13 @@ from lightning_sae.checks import (
     require_share,
 )
 from lightning_sae.dictionary import Dictionary, wide
-from lightning_sae.distributed import sum_over_ranks
+from lightning_sae.distributed import (
+    different_tokens_in,
+    from_first_rank,
+    mean_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
 from lightning_sae.losses import aux_zipf_loss, reconstruction_loss
 from lightning_sae.metrics import (
     L0,
@@ -31,6 +37,7 @@ from lightning_sae.metrics import (
     zipf_statistics,
 )
 from lightning_sae.optim import ChunkedAdam
+from lightning_sae.sharding import local
 from lightning_sae.sparse import EncoderScores
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
@@ -150,10 +157,12 @@ class SparseAutoencoder(Dictionary, ABC):
         if not len(features):
             return None
         with torch.no_grad():
-            weight, bias = (each[features] for each in self._encoder())
+            share, own = self.share.among(features)
+            weight, bias = (each[own] for each in self._encoder())
             factor = weights[features].to(bias)
+            here = factor[share.here]
             centred = scaled - wide(self.b_dec)
-            scores = EncoderScores(centred, weight * factor.unsqueeze(1), bias * factor)
+            scores = EncoderScores(centred, weight * here.unsqueeze(1), bias * here, share=share)
             chosen = token_choice(scores, min(k, len(features)))
             chosen = Matches(
                 chosen.token,
@@ -225,19 +234,21 @@ class SparseAutoencoder(Dictionary, ABC):
         """
         centred = scaled.detach() - wide(self.b_dec.detach())
         if self.importance == "affinity":
-            return EncoderScores(centred, *self._encoder())
+            return EncoderScores(centred, *self._encoder(), share=self.share)
         if self.importance == "token_norm":  # a factor for each token
             ones = centred.new_ones(len(centred), 1)
-            scale = score(ones, self.importance, centred=centred, dictionary=self.W_dec)
-            return EncoderScores(centred, *self._encoder(), scale=scale.squeeze(1))
+            scale = score(ones, self.importance, centred=centred, dictionary=local(self.W_dec))
+            return EncoderScores(
+                centred, *self._encoder(), scale=scale.squeeze(1), share=self.share
+            )
 
         def rank(affinities: Tensor, tokens: slice, features: slice) -> Tensor:
-            dictionary = wide(self.W_dec[features])
+            dictionary = wide(local(self.W_dec)[features])
             return score(
                 affinities, self.importance, centred=centred[tokens], dictionary=dictionary
             )
 
-        return EncoderScores(centred, *self._encoder(), rank=rank)
+        return EncoderScores(centred, *self._encoder(), rank=rank, share=self.share)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -351,6 +362,41 @@ class SparseAutoencoder(Dictionary, ABC):
             ) from error
 
     # The Trainer's steps: they log what `loss` and the metrics return, and decide nothing
+
+    def configure_model(self) -> None:
+        """Share out the features over the devices if the strategy is a `ModelParallelStrategy`.
+
+        Its `tensor_parallel_size` devices each have a share of the features and the same tokens;
+        `data_parallel_size` such groups have different tokens.
+
+        Raises:
+            ValueError: If there are more devices than features.
+        """
+        if self.device_mesh is None:
+            return
+        different_tokens_in(self.device_mesh["data_parallel"].get_group())
+        self.share_out(self.device_mesh["tensor_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Start from the same weights in all groups of devices that share out the features."""
+        if self.share.mesh is not None:
+            for parameter in self.parameters():
+                from_first_rank(local(parameter.data))
+
+    def on_after_backward(self) -> None:
+        """Average gradients over groups of devices that share out the features: no one else does.
+
+        Those of an earlier batch, if they accumulate, are equal and stay as they are.
+        """
+        if self.share.mesh is not None and world_size() > 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    gradient = local(parameter.grad)
+                    gradient.copy_(mean_over_ranks(gradient))
+
+    def teardown(self, stage: str) -> None:
+        """Leave other models of this process to their own strategies."""
+        different_tokens_in(None)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of activations and log its parts under ``train/``."""
@@ -472,7 +518,8 @@ class SparseAutoencoder(Dictionary, ABC):
         Raises:
             ValueError: If it is one; the message names both.
         """
-        features, width = checkpoint["state_dict"]["W_dec"].shape
+        # A ModelParallelStrategy has loaded the weights by now, and taken them out.
+        features, width = checkpoint.get("state_dict", self.state_dict())["W_dec"].shape
         name = checkpoint.get("architecture", "an unnamed architecture")
         found = f"{name}(d_model={width}, n_features={features})"
         expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_sae.distributed import max_over_ranks
+from lightning_sae.distributed import max_over_processes
 
 __all__ = ["StopOnSignal", "exit_on_signals"]
 
@@ -75,7 +75,7 @@ class StopOnSignal(pl.Callback):
 
     def _act(self, trainer: pl.Trainer) -> None:
         device = trainer.strategy.root_device
-        number = int(max_over_ranks(torch.tensor(self._received, device=device)))
+        number = int(max_over_processes(torch.tensor(self._received, device=device)))
         self._received = 0 if number == REQUEUE else number
         if number == REQUEUE and self._requeue:
             self._requeue(number, None)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_sae.allocation.matches import Matches, Pairs, join
+from lightning_sae.allocation.ranking import among_largest
 from lightning_sae.allocation.scores import Scores
 
 
@@ -36,7 +37,7 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
             kept = largest_of(join(found, scores.shape, scores.device), budget)
             found, held = [(kept.token, kept.feature, kept.value)], budget
             bound = kept.value.min() if budget else bound
-    return join(found, scores.shape, scores.device)
+    return scores.collect(join(found, scores.shape, scores.device))
 
 
 def largest_of(pairs: Matches, count: int) -> Matches:
@@ -76,10 +77,15 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
             return searched
     found = []
     for start, tile in scores.token_tiles():
-        counts = torch.full((len(tile.rows),), count, device=scores.device)
+        most = min(count, tile.rows.shape[1])
+        counts = torch.full((len(tile.rows),), most, device=scores.device)
         token, feature, score = tile.largest(counts)
         found.append((token + start, feature, score))
-    return join(found, scores.shape, scores.device)
+    pairs = scores.collect_by_token(join(found, scores.shape, scores.device))
+    if scores.share.mesh is None:
+        return pairs
+    counts = pairs.token.new_full((len(scores),), count)
+    return pairs.select(among_largest(pairs.token, pairs.value, counts))
 
 
 def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
@@ -101,4 +107,4 @@ def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
     for start, tile in scores.feature_tiles():
         feature, token, score = tile.largest(budgets[start : start + len(tile.rows)])
         found.append((token, feature + start, score))
-    return join(found, scores.shape, scores.device).sort()
+    return scores.collect(join(found, scores.shape, scores.device)).sort()

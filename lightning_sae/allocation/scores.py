@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_sae.allocation.matches import Matches, join
 from lightning_sae.allocation.search import Search
 from lightning_sae.allocation.tile import Tile, strictly
+from lightning_sae.sharding import Share
 
 _PAIRS = 6 << 20  # in a tile: 24 MiB of float32, which glibc hands out again without page faults
 _PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
@@ -17,16 +18,21 @@ _PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
 class Scores(ABC):
     """What a choice ranks pairs by: as a matrix (tokens, features), of which it reads tiles.
 
+    Where features are shared out over processes, each has tiles of its own features; what is found
+    in them has to be collected.
+
     Attributes:
         shape: (tokens, features).
+        share: Which of the features have their tiles here.
         thresholds: If set, one a feature: then `passing` is counted whenever all tiles of features
             are read.
         passing: How many tokens score above each feature's threshold, int64, (features,).
-        search: A faster way than tiles, where there is one.
+        search: A faster way than tiles, where there is one, and all features are here.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
+    def __init__(self, tokens: int, share: Share) -> None:
+        self.shape = (tokens, share.features)
+        self.share = share
         self.search: Search | None = None
         self.thresholds: Tensor | None = None
         self.passing: Tensor
@@ -38,7 +44,10 @@ class Scores(ABC):
 
     @abstractmethod
     def of_features(self, features: slice) -> Tensor:
-        """Return the scores of some features, float32 or wider, contiguous, (features, tokens)."""
+        """Return the scores of some features, float32 or wider, contiguous, (features, tokens).
+
+        Features are numbered from the first that has its tiles here.
+        """
 
     @abstractmethod
     def of_tokens(self, tokens: slice) -> Tensor:
@@ -71,7 +80,29 @@ class Scores(ABC):
             bounds = strictly(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))
             feature, token, score = tile.above(bounds)
             found.append((token, feature + start, score))
-        return join(found, self.shape, self.device).sort()
+        return self.collect(join(found, self.shape, self.device)).sort()
+
+    def collect(self, found: Matches) -> Matches:
+        """Return what all processes found among their features, each sorted by feature.
+
+        Returns:
+            Sorted by feature too: the same on all processes.
+        """
+        if self.share.mesh is None:
+            return found
+        # In float64, numbers and scores are exact and travel together.
+        columns = (found.token, found.feature, found.value)
+        pairs = self.share.everyones(torch.stack([each.double() for each in columns], 1))
+        token, feature, value = pairs.unbind(1)
+        return Matches(token.long(), feature.long(), value.to(found.value), self.shape)
+
+    def collect_by_token(self, found: Matches) -> Matches:
+        """Return the same of pairs sorted by token, whose features are numbered from 0 here."""
+        if self.share.mesh is None:
+            return found
+        found.feature = found.feature + self.share.here.start
+        pairs = self.collect(found)
+        return pairs.select(pairs.token.argsort(stable=True))
 
     def feature_tiles(self) -> Iterator[tuple[int, Tile]]:
         """Yield tiles whose rows are features, each with the number of its first feature.
@@ -80,20 +111,25 @@ class Scores(ABC):
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
         counts = []
-        for start, tile in self._tiles(self.shape[1], self.shape[0], self.of_features):
+        first, features = self.share.here.start, self.share.here.stop - self.share.here.start
+        for place, tile in self._tiles(features, self.shape[0], self.of_features):
+            start = first + place
             if self.thresholds is not None:
                 counts.append(tile.count_above(self.thresholds[start : start + len(tile.rows)]))
             yield start, tile
         if self.thresholds is not None:
-            self.passing = torch.cat(counts)
+            self.passing = self.share.everyones(torch.cat(counts))
 
     def token_tiles(self) -> Iterator[tuple[int, Tile]]:
         """Yield tiles whose rows are tokens, each with the number of its first token.
 
+        Their columns are the features whose tiles are here.
+
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
-        yield from self._tiles(self.shape[0], self.shape[1], self.of_tokens)
+        columns = self.share.here.stop - self.share.here.start
+        yield from self._tiles(self.shape[0], columns, self.of_tokens)
 
     def _tiles(
         self, rows: int, columns: int, compute: Callable[[slice], Tensor]
@@ -105,7 +141,7 @@ class Scores(ABC):
             tile = Tile(compute(slice(start, min(start + step, rows))))
             yield start, tile
             total = total + tile.maxima.sum()  # NaN or infinite if one of them is
-        if not bool(total.isfinite()):  # else a NaN would just never be chosen
+        if not bool(self.share.sum(total).isfinite()):  # else a NaN would just never be chosen
             raise FloatingPointError("scores are not finite")
 
 
@@ -115,7 +151,7 @@ class TensorScores(Scores):
     def __init__(self, scores: Tensor) -> None:
         if scores.dim() != 2:
             raise ValueError(f"affinities must be (tokens, features), not {tuple(scores.shape)}")
-        super().__init__((scores.shape[0], scores.shape[1]))
+        super().__init__(len(scores), Share((scores.shape[1],)))
         # Detached and widened: 16-bit scores would tie so often that a choice became arbitrary.
         self._scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
 

@@ -269,4 +269,4 @@ def _midpoints(scores: Scores, budgets: Tensor) -> Tensor:
         rows = tile.rows.T  # (tokens, some features)
         matches = feature_choice_over_ranks(rows, counts[start : start + rows.shape[1]])
         thresholds.append(midpoint_thresholds_over_ranks(rows, matches))
-    return torch.cat(thresholds)
+    return scores.share.everyones(torch.cat(thresholds))

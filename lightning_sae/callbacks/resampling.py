@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -17,7 +16,9 @@ from torch.optim import Optimizer
 from lightning_sae.checks import require_positive
 from lightning_sae.dictionary import wide
 from lightning_sae.distributed import max_over_ranks, sum_over_ranks, world_size
+from lightning_sae.distributed import rank as this_rank
 from lightning_sae.sae import SparseAutoencoder, activations_in
+from lightning_sae.sharding import local
 
 ENCODER_NORM = 0.2  # of a new feature, relative to the mean of those alive (the source's)
 _OF_FEATURES = {"W_dec", "encoder.weight", "encoder.bias", "tokens_since_fired", "density"}
@@ -163,7 +164,7 @@ class WeightedSample:
             size: Rows to keep.
             seed: Decides the noise; the same on every rank, another for each call.
         """
-        ours = dist.get_rank() if world_size() > 1 else 0
+        ours = this_rank()
         longest = int(max_over_ranks(torch.tensor(len(rows), device=rows.device)))
         table = weights.new_zeros(world_size(), longest)
         table[ours, : len(rows)] = weights
@@ -202,17 +203,21 @@ def renew(
     """
     if len(features) == 0:
         return
-    norms = wide(module.encoder.weight).norm(dim=1)
+    norms = module.share.everyones(wide(module.encoder.weight).norm(dim=1))
     alive = ~module.dead_features_mask()
     norm = norms[alive].mean() if bool(alive.any()) else norms.mean()
     directions = functional.normalize(inputs - wide(module.b_dec), dim=1)
-    module.W_dec[features] = directions.to(module.W_dec)
-    module.encoder.weight[features] = (ENCODER_NORM * norm * directions).to(module.encoder.weight)
-    module.encoder.bias[features] = 0
     module.tokens_since_fired[features] = 0
     module.density[features] = 0
-    for parameter in (module.W_dec, module.encoder.weight, module.encoder.bias):
+    here = module.share.here
+    mine = (features >= here.start) & (features < here.stop)
+    features, directions = features[mine] - here.start, directions[mine]
+    W_dec, W_enc, b_enc = module.W_dec, module.encoder.weight, module.encoder.bias  # noqa: N806
+    local(W_dec)[features] = directions.to(W_dec.dtype)
+    local(W_enc)[features] = (ENCODER_NORM * norm * directions).to(W_enc.dtype)
+    local(b_enc)[features] = 0
+    for parameter in (W_dec, W_enc, b_enc):
         for optimizer in optimizers:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value[features] = 0
+                    local(value)[features] = 0

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_sae.allocation import Matches
+from lightning_sae.distributed import is_first_with_these_tokens, rank
 
 
 class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader without a sampler
@@ -39,7 +40,7 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
             ValueError: If it holds the matches of an earlier run.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        if any(self.output_dir.glob(f"{_stem(trainer)}*.safetensors")):
+        if is_first_with_these_tokens() and any(self.output_dir.glob(f"{_stem()}*.safetensors")):
             raise ValueError(
                 f"output_dir={self.output_dir} holds matches already: remove them or name another"
             )
@@ -54,6 +55,8 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         dataloader_idx: int = 0,
     ) -> None:
         """Write the matches of one batch."""
+        if not is_first_with_these_tokens():
+            return
         matches: Matches = outputs
         tensors = {"token": matches.token, "feature": matches.feature, "value": matches.value}
         if isinstance(batch, Mapping):
@@ -61,12 +64,12 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
             tensors |= {name: batch[name] for name in what_was_read if name in batch}
         if "kept" in tensors:
             tensors["kept"] = tensors["kept"].to(torch.uint8)
-        path = self.output_dir / f"{_stem(trainer)}{batch_idx:05d}.safetensors"
+        path = self.output_dir / f"{_stem()}{batch_idx:05d}.safetensors"
         _save(tensors, path, shape=json.dumps(matches.shape))
 
 
-def _stem(trainer: pl.Trainer) -> str:
-    return f"rank{trainer.global_rank}-batch"
+def _stem() -> str:
+    return f"rank{rank()}-batch"
 
 
 def _save(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sae.data.modality import TEXT, Modality
-from lightning_sae.distributed import world_size
+from lightning_sae.distributed import processes, rank, world_size
 
 __all__ = ["ActivationStream", "HeldOutBatch", "HeldOutBatches", "TrainBatch"]
 
@@ -97,7 +97,7 @@ class ActivationStream:
             order = order.to(activations.device)
             batches = len(order) // self.batch_size
             for batch in range(first, batches):
-                begin = batch * self.batch_size + _rank() * share
+                begin = batch * self.batch_size + rank() * share
                 yield {
                     "activations": activations[order[begin : begin + share]].float(),
                     "cursor": (block, batch + 1) if batch + 1 < batches else (block + 1, 0),
@@ -149,7 +149,7 @@ class HeldOutBatches:
         """
         # Equal numbers of batches, no batch empty: collectives hang when a rank has one less.
         batches = self.contexts.tensor_split(len(self) * world_size())
-        for inputs in batches[_rank() :: world_size()]:
+        for inputs in batches[rank() :: world_size()]:
             activations, kept = self.read(inputs), self.kept(inputs)
             _check_finite(activations, kept, f"{self.source}, held-out {self.modality.argument}")
             batch = {
@@ -174,34 +174,30 @@ def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
 
 
 def _read_together(read: Read, inputs: Tensor, lm_batch_size: int) -> Tensor:
-    """Reads a block's LM batches, each rank an equal share, and gathers them on every rank.
+    """Reads a block's LM batches, each process an equal share, and gathers them on every one.
 
-    The LM batches are the same for any number of ranks, and so the activations, bit for bit.
+    The LM batches are the same for any number of processes, and so the activations, bit for bit.
 
     Args:
-        read: Reads activations on this rank.
-        inputs: Inputs of the block, the same on every rank.
+        read: Reads activations in this process.
+        inputs: Inputs of the block, the same in every process.
         lm_batch_size: Inputs to read at once.
 
     Returns:
         The block's activations, (inputs, length, d_model).
     """
-    rank, ranks = _rank(), world_size()
+    process, count = processes()
     parts = inputs.split(lm_batch_size)
-    share = math.ceil(len(parts) / ranks)
-    # A rank beyond the last part reads that one again: the collective needs equal shapes.
-    places = range(rank * share, (rank + 1) * share)
+    share = math.ceil(len(parts) / count)
+    # A process beyond the last part reads that one again: the collective needs equal shapes.
+    places = range(process * share, (process + 1) * share)
     states = (read(parts[min(place, len(parts) - 1)]) for place in places)
     first = next(states)
     mine = first.new_empty(share * lm_batch_size, *first.shape[1:])
     for i, part in enumerate(itertools.chain([first], states)):
         mine[i * lm_batch_size :][: len(part)] = part
-    if ranks > 1:
-        gathered = mine.new_empty(ranks * len(mine), *mine.shape[1:])
-        dist.all_gather(list(gathered.chunk(ranks)), mine)
+    if count > 1:
+        gathered = mine.new_empty(count * len(mine), *mine.shape[1:])
+        dist.all_gather(list(gathered.chunk(count)), mine)
         mine = gathered
     return mine[: len(inputs)]
-
-
-def _rank() -> int:
-    return dist.get_rank() if world_size() > 1 else 0

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
+from lightning_sae.distributed import rank_group
+
 
 class TotalsMetric(Metric):
     """A metric whose states are totals over tokens, and whose value depends on nothing else.
@@ -56,7 +58,7 @@ class TotalsMetric(Metric):
         for name in self._reductions:
             # Adding up in the copies takes no third one. A MetricCollection may share originals.
             total, kept[name] = kept[name], getattr(self, name)
-            dist.all_reduce(total, group=process_group or self.process_group)
+            dist.all_reduce(total, group=process_group or self.process_group or rank_group())
             setattr(self, name, total)
 
 

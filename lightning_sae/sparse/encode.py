@@ -11,6 +11,7 @@ from torch.nn import functional
 from lightning_sae.allocation import Matches, Scores
 from lightning_sae.allocation.matches import Pairs
 from lightning_sae.allocation.search import Search
+from lightning_sae.sharding import Share
 from lightning_sae.sparse.on_gpu import block_maxima, has_kernel, pairs_above
 from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
@@ -26,6 +27,7 @@ class EncoderScores(Scores):
         scale: What the affinities of each token are multiplied by, shape (tokens,). Default: 1.
         rank: What makes scores of affinities, given some (tokens, features), which tokens and which
             features they are of. Default: affinities are scores.
+        share: Which features of all those are that have their rows here. Default: all.
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class EncoderScores(Scores):
         bias: Tensor,
         scale: Tensor | None = None,
         rank: Callable[[Tensor, slice, slice], Tensor] | None = None,
+        share: Share | None = None,
     ) -> None:
-        super().__init__((len(x), len(weight)))
+        super().__init__(len(x), share or Share((len(weight),)))
         self._x, self._weight, self._bias = x.detach(), weight.detach(), bias.detach()
         self._scale, self._rank = scale, rank
-        if rank is None and has_kernel(self._x):
+        # Processes must all go the same way, and a search may decide for tiles.
+        if rank is None and self.share.mesh is None and has_kernel(self._x):
             self.search = KernelSearch(self._x, self._weight, self._bias, scale)
 
     @property

@@ -1,0 +1,399 @@
+"""Training with features shared out over processes is training with all of them on one."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sae import (
+    FeatureChoiceSAE,
+    MutualChoiceSAE,
+    SparseAutoencoder,
+    StandardSAE,
+    TopKSAE,
+)
+from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.callbacks import WriteMatches
+from lightning_sae.callbacks.resampling import renew
+from lightning_sae.checkpoint import AtomicCheckpointIO, FiniteWeights
+from lightning_sae.cli import main
+from lightning_sae.distributed import mean_over_ranks, processes, rank, world_size
+from lightning_sae.metrics import FeatureDensity
+from lightning_sae.sharding import local
+from tests.helpers.ddp import run_on
+from tests.helpers.superposition import superposition
+
+STEPS, TOKENS, FEATURES = 40, 128, 49  # features that two processes cannot share equally
+
+CASES: dict[str, Callable[[], SparseAutoencoder]] = {
+    "topk": lambda: TopKSAE(8, FEATURES, 3, multi_k_coefficient=0.1, dead_after_tokens=TOKENS),
+    "mutual": lambda: MutualChoiceSAE(8, FEATURES, 3, dead_after_tokens=2 * TOKENS),
+    "mutual by token norm": lambda: MutualChoiceSAE(8, FEATURES, 3, importance="token_norm"),
+    "mutual by gain": lambda: MutualChoiceSAE(8, FEATURES, 3, importance="gain"),
+    "feature, from the start": lambda: FeatureChoiceSAE(
+        8, FEATURES, 3, mutual_choice_for=0, min_matches=0.1, dead_after_tokens=TOKENS
+    ),
+    "feature, both phases": lambda: FeatureChoiceSAE(
+        8, FEATURES, 3, mutual_choice_for=30 * TOKENS, dead_after_tokens=2 * TOKENS
+    ),
+    "standard": lambda: StandardSAE(8, FEATURES, 0.5, l1_warmup_tokens=20 * TOKENS),
+}
+
+
+@contextlib.contextmanager
+def shared_out(sae: SparseAutoencoder, groups: int = 1) -> Iterator[None]:
+    """Do what a Trainer with Lightning's ModelParallelStrategy does, if there are processes."""
+    count = processes()[1]
+    if count > 1:
+        names = ("data_parallel", "tensor_parallel")
+        sae._device_mesh = init_device_mesh("cpu", (groups, count // groups), mesh_dim_names=names)
+    sae.configure_model()
+    sae.on_fit_start()
+    try:
+        yield
+    finally:
+        sae.teardown("fit")
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def train(
+    process: int, case: str, groups: int = 1
+) -> tuple[list[dict[str, float]], list[float], dict[str, Tensor]]:
+    """Return the loss and the gradient's norm of every step, and the SAE at the end, calibrated.
+
+    In float64, so that only a different choice can show: sums in another order cannot.
+
+    Args:
+        process: Number of this process. Those after the first group start from other weights,
+            which are not to show.
+        case: Which SAE.
+        groups: Groups of processes that each share out all features, and have different tokens.
+    """
+    torch.manual_seed(0 if process < processes()[1] // groups else 1)
+    sae = CASES[case]().double()
+    losses, norms = [], []
+    with shared_out(sae, groups):
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+        for step in range(STEPS):
+            x = superposition(TOKENS, 8, n_features=16, seed=step).double()
+            loss, stats = sae.loss(x.chunk(world_size())[rank()])
+            optimizer.zero_grad()
+            loss.backward()
+            sae.on_after_backward()
+            norms.append(full(clip_grad_norm_(sae.parameters(), 0.05)).item())
+            optimizer.step()
+            sae.normalize_decoder()
+            terms = {name: value for name, value in stats.items() if name.endswith("loss")}
+            losses.append({name: mean_over_ranks(value).item() for name, value in terms.items()})
+        held_out = superposition(400, 8, n_features=16, seed=STEPS).double()
+        if isinstance(sae, ThresholdSAE):
+            sae.calibrate(held_out.chunk(world_size())[rank()])
+        state = {name: full(value) for name, value in sae.state_dict().items()}
+        codes = sae.eval().encode(held_out).detach()
+        return losses, norms, state | {"codes": codes, "decoded": sae.decode(codes).detach()}
+
+
+def assert_equal_training(case: str, count: int, *args: Any) -> None:
+    expected_losses, expected_norms, expected = train(0, case)
+    for losses, norms, found in run_on(count, train, case, *args):
+        for step, terms in enumerate(expected_losses):
+            assert losses[step] == pytest.approx(terms, rel=1e-9)
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-9, atol=0)
+        for name, value in expected.items():
+            # Buffers are float32, where a value between two of them may be rounded either way.
+            exact = not value.is_floating_point()
+            tolerance = 0 if exact else 1e-9 if value.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_train_as_one_would(case: str):
+    assert_equal_training(case, 2)
+
+
+@pytest.mark.parametrize("case", ["mutual", "feature, both phases", "standard"])
+def test_groups_with_different_tokens_train_as_one_process_would(case: str):
+    assert_equal_training(case, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_four_processes_train_as_one_would(case: str, groups: int):
+    assert_equal_training(case, 4, groups)
+
+
+def trainer_on(groups: int, **settings: Any) -> pl.Trainer:
+    """Return a Trainer of this process alone, or of all that are in its group already."""
+    count = processes()[1]
+    together: dict[str, Any] = {
+        "strategy": ModelParallelStrategy(
+            groups, count // groups, save_distributed_checkpoint=False
+        ),
+        "plugins": [AtomicCheckpointIO(), TorchElasticEnvironment()],
+        "devices": count,
+    }
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=-1,
+        gradient_clip_val=0.05,
+        use_distributed_sampler=False,  # Lightning's would shuffle
+        **(together if count > 1 else {}),
+        **settings,
+    )
+
+
+def fit(
+    process: int,
+    folder: Path,
+    name: str,
+    *,
+    steps: int = 8,
+    start: str | None = None,
+    groups: int = 1,
+) -> dict[str, float]:
+    """Train from a checkpoint to so many steps, save, predict, and return what a test measures."""
+    count = processes()[1]
+    place = process * groups // count  # of this process's group
+    x = superposition(4 * TOKENS, 8, n_features=16, seed=0).double().view(4, TOKENS, 8)
+    own = TensorDataset(x.chunk(groups, 1)[place].flatten(0, 1))
+    loader = DataLoader(own, batch_size=TOKENS // groups)
+    torch.manual_seed(process)  # each takes rows of its own dictionary
+    sae = FeatureChoiceSAE(
+        8,
+        FEATURES,
+        3,
+        mutual_choice_for=5 * TOKENS,
+        dead_after_tokens=2 * TOKENS,
+        optimizer=partial(torch.optim.Adam, fused=True),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+    ).double()
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": count}.items():
+            patch.setenv(key, str(value))
+        settings = {"callbacks": [FiniteWeights(), WriteMatches(folder / name)]}
+        trainer = trainer_on(groups, max_steps=steps, **settings)
+        trainer.fit(sae, loader, ckpt_path=start and folder / start, weights_only=True)
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+        trainer.predict(sae, loader, return_predictions=False)
+        (measured,) = trainer.test(sae, loader, verbose=False)
+    assert (sae.share.mesh is None) == (count == 1)
+    return measured
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_checkpoint_can_be_shared_out_anew(tmp_path: Path):
+    def fit_on(count: int, name: str, **settings: Any) -> list[dict[str, float]]:
+        act = partial(fit, folder=tmp_path, name=name, **settings)
+        return run_on(count, act) if count > 1 else [act(0)]
+
+    fit_on(2, "two", steps=4)
+    fit_on(1, "same", steps=4, start="two.ckpt")
+    assert_equal_checkpoints(tmp_path, "two", "same")
+    (expected,) = fit_on(1, "expected", start="two.ckpt")
+    for name, settings in {
+        "two-two": {"start": "two.ckpt"},
+        "one-two": {"start": "same.ckpt"},
+        "in groups": {"start": "same.ckpt", "groups": 2},
+    }.items():
+        for measured in fit_on(2, name, **settings):
+            assert measured == pytest.approx(expected, rel=1e-6)
+        assert_equal_checkpoints(tmp_path, "expected", name)
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+            f"rank{group}-batch{batch:05d}.safetensors"
+            for group in range(settings.get("groups", 1))
+            for batch in range(4)
+        ]
+
+
+def assert_equal_checkpoints(folder: Path, one: str, other: str) -> None:
+    one, other = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in (one, other))
+    assert one.keys() == other.keys()
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(other[part], one[part], rtol=1e-6, atol=1e-8)
+
+
+def spoil(rank: int) -> list[str]:
+    """Return what is said where one process has a weight that is not a number."""
+    sae = TopKSAE(8, FEATURES, 3)
+    said = []
+    with shared_out(sae):
+        if rank == 1:
+            local(sae.encoder.weight).data[0, 0] = torch.nan
+        for act in (
+            lambda: sae.loss(superposition(TOKENS, 8, n_features=16, seed=0)),
+            lambda: FiniteWeights().on_save_checkpoint(pl.Trainer(logger=False), sae, {}),
+        ):
+            with pytest.raises(ValueError, match=r"finite|NaN") as caught:
+                act()
+            said.append(str(caught.value))
+    return said
+
+
+def test_all_processes_notice_what_breaks_on_one():
+    said, same = run_on(2, spoil)
+    assert said == same
+    assert "affinities are not finite" in said[0]
+    assert "encoder.weight has NaN or Inf" in said[1]
+
+
+def resample(rank: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    sae = StandardSAE(8, FEATURES)
+    with shared_out(sae):
+        optimizer = torch.optim.Adam(sae.parameters())
+        loss, _ = sae.loss(superposition(TOKENS, 8, n_features=16, seed=0))
+        loss.backward()
+        optimizer.step()
+        dead = torch.tensor([40, 3, 24, 25])
+        sae.tokens_since_fired[dead] = sae.dead_after_tokens
+        renew(sae, dead, superposition(4, 8, n_features=16, seed=1), [optimizer])
+        moments = optimizer.state[sae.W_dec]["exp_avg"]
+        return {name: full(value) for name, value in sae.state_dict().items()} | {
+            "moments": full(moments)
+        }
+
+
+def test_dead_features_are_resampled_where_they_are():
+    expected = resample(0)
+    for found in run_on(2, resample):
+        torch.testing.assert_close(found, expected)
+
+
+def count_tokens(process: int) -> int:
+    sae, density = TopKSAE(8, FEATURES, 3), FeatureDensity(FEATURES)
+    with shared_out(sae):
+        density.update(sae.match(superposition(TOKENS, 8, n_features=16, seed=0)))
+        density.sync()
+        return int(density.tokens)
+
+
+def test_metrics_count_a_token_once():
+    assert run_on(2, count_tokens) == [TOKENS, TOKENS]
+
+
+def refuse(process: int) -> None:
+    one_feature = TopKSAE(8, 1, 1)
+    with (
+        pytest.raises(ValueError, match="n_features=1 cannot be shared out over 2 devices"),
+        shared_out(one_feature),
+    ):
+        pass
+
+
+def test_more_processes_than_features_are_refused():
+    run_on(2, refuse)
+
+
+CONFIGURATION = """--config feature_choice.yaml
+    --model.n_features 512 --model.dead_after_tokens 1000
+    --data.batch_size 512 --data.batches_per_block 4
+    --data.validation_tokens 1024 --data.test_tokens 1024
+    --trainer.accelerator cpu --trainer.enable_progress_bar false"""
+FIT = "--model.mutual_choice_for 0.5 --trainer.max_steps 6 --trainer.val_check_interval 6"
+SHARED = "--config trainer/feature_sharded.yaml"
+
+
+def command(folder: Path, subcommand: str, *options: str) -> str:
+    folder.mkdir(exist_ok=True)
+    run = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-m", "lightning_sae", subcommand, *" ".join(options).split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_the_command_line_shares_out_features(tmp_path: Path):
+    command(tmp_path, "fit", CONFIGURATION, FIT, SHARED)
+    sae = FeatureChoiceSAE.load_from_checkpoint(next(tmp_path.rglob("last.ckpt")))
+    assert sae.choosing
+    assert int(sae.tokens_seen) == 6 * 512
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda whole: whole[:-100], "is no checkpoint of an SAE, or is damaged"),
+        (lambda whole: whole, "TopKSAE(d_model=256, n_features=8), the configuration asks for"),
+    ],
+    ids=["damaged", "of another architecture"],
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[bytes], bytes],
+    told: str,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning_sae"])
+    path = tmp_path / "last.ckpt"
+    state = TopKSAE(256, 8, 3).state_dict()
+    torch.save({"loops": {}, "architecture": "TopKSAE", "state_dict": state}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        main(["test", *f"{CONFIGURATION} {SHARED} --ckpt_path {path}".split()])
+
+
+@pytest.mark.slow
+def test_the_command_line_does_the_same_on_two_processes(tmp_path: Path):
+    paths, figures = {}, {}
+    for name, overlay in {"one": "", "two": SHARED}.items():
+        command(tmp_path / name, "fit", CONFIGURATION, FIT, overlay)
+        paths[name] = next((tmp_path / name).rglob("last.ckpt"))
+    one, two = (torch.load(path, weights_only=True)["state_dict"] for path in paths.values())
+    # Float32 counts one token more or less above a threshold, which then moves by so much more.
+    torch.testing.assert_close(two.pop("threshold"), one.pop("threshold"), rtol=0.02, atol=0)
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    for subcommand in ("validate", "test", "predict"):
+        for name, overlay in {"one": "", "two": SHARED}.items():
+            where = f"--ckpt_path {paths['two']}"
+            figures[name] = command(tmp_path / name, subcommand, CONFIGURATION, overlay, where)
+        found, expected = ([float(n) for n in re.findall(r"\d\.\d+", t)] for t in figures.values())
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert found or subcommand == "predict"
+    written = [path.name for path in tmp_path.rglob("*.safetensors")]
+    assert written == 2 * ["rank0-batch00000.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_on_two_processes(tmp_path: Path):
+    command(tmp_path, "fit", CONFIGURATION, FIT, SHARED)
+    path = next(tmp_path.rglob("last.ckpt"))
+    more = "--trainer.max_steps 8 --trainer.val_check_interval 8"
+    for name, overlay in {"one": "", "two": SHARED}.items():
+        command(tmp_path / name, "fit", CONFIGURATION, FIT, overlay, more, f"--ckpt_path {path}")
+    one, two = (
+        torch.load(next((tmp_path / name).rglob("last.ckpt")), weights_only=True)
+        for name in ("one", "two")
+    )
+    assert one["global_step"] == two["global_step"] == 8
+    for each in (one, two):
+        del each["state_dict"]["threshold"]
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=1e-5, atol=1e-5)
