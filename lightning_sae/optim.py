@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
+from lightning_sae.sharding import add_shards, local
 from lightning_sae.sparse import gradient_parts, keep_in_parts, rows_at_a_time
 
 
@@ -16,7 +17,8 @@ class ChunkedAdam(torch.optim.Adam):
 
     It makes the steps of `torch.optim.Adam(fused=True)`, up to rounding, and has the same state in
     checkpoints, but a dictionary's gradient, as large as its weights, is never in memory. For the
-    parameters of one `SparseAutoencoder` on one device; others are stepped as Adam steps them.
+    parameters of one `SparseAutoencoder`, on one device or shared out over several; others are
+    stepped as Adam steps them.
 
     Args:
         params: Parameters, or groups of them. Matrices among them leave their gradient in parts.
@@ -52,7 +54,7 @@ class ChunkedAdam(torch.optim.Adam):
                 state = self._state_of(parameter)
                 if rows.start:
                     state["step"] -= 1  # one step, however many chunks
-                self._update(parameter[rows], gradient * self._scale, state, rows, group)
+                self._update(local(parameter)[rows], gradient * self._scale, state, rows, group)
         self._scale = 1.0
         return loss
 
@@ -71,12 +73,12 @@ class ChunkedAdam(torch.optim.Adam):
         Returns:
             The norm that they had together, 0-d.
         """
-        squares = [
-            gradient.square().sum()
-            for parameter, _ in self._parameters()
-            for _, gradient in self._gradients(parameter)
-        ]
-        norm = torch.stack(squares).sum().sqrt()
+        squares = []
+        for parameter, _ in self._parameters():
+            chunks = [gradient.square().sum() for _, gradient in self._gradients(parameter)]
+            if chunks:
+                squares.append(add_shards(torch.stack(chunks), parameter))
+        norm = torch.cat(squares).sum().sqrt()
         self._scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as `clip_grad_norm_` does
         return norm
 
@@ -90,11 +92,11 @@ class ChunkedAdam(torch.optim.Adam):
         """Yield the gradient of a parameter, if it has one, in chunks of rows."""
         parts = gradient_parts(parameter)
         if parameter.grad is not None:
-            yield slice(0, None), parameter.grad
+            yield slice(0, None), local(parameter.grad)
         elif parts:
-            step = rows_at_a_time(parameter)
-            for start in range(0, len(parameter), step):
-                end = min(start + step, len(parameter))
+            features, step = len(local(parameter)), rows_at_a_time(parameter)
+            for start in range(0, features, step):
+                end = min(start + step, features)
                 gradient = parts[0].rows(start, end)
                 for part in parts[1:]:
                     gradient += part.rows(start, end)
@@ -120,8 +122,8 @@ class ChunkedAdam(torch.optim.Adam):
         adam(
             [parameter],
             [gradient],
-            [state["exp_avg"][rows]],
-            [state["exp_avg_sq"][rows]],
+            [local(state["exp_avg"])[rows]],
+            [local(state["exp_avg_sq"])[rows]],
             [],
             [state["step"]],
             fused=True,

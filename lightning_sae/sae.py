@@ -460,7 +460,7 @@ class SparseAutoencoder(Dictionary, ABC):
         """
         optimizer = self._optimizer(self.parameters())
         if isinstance(optimizer, ChunkedAdam):
-            self._require_one_device()
+            self._require_all_tokens()
         steps = self.trainer.estimated_stepping_batches
         if self._lr_scheduler is not None:
             scheduler = self._lr_scheduler(optimizer)
@@ -474,12 +474,13 @@ class SparseAutoencoder(Dictionary, ABC):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _require_one_device(self) -> None:
-        # Neither DistributedDataParallel nor a gradient scaler sees gradients in parts.
-        if self.trainer.world_size > 1 or self.trainer.precision == "16-mixed":
+    def _require_all_tokens(self) -> None:
+        # Neither data parallelism nor a gradient scaler sees gradients in parts.
+        devices, precision = self.trainer.world_size, self.trainer.precision
+        if devices > len(self.share.sizes) or precision == "16-mixed":
             raise ValueError(
-                f"optimizer=ChunkedAdam is for one device and no 16-mixed precision, not for "
-                f"devices={self.trainer.world_size}, precision={self.trainer.precision}: use "
+                f"optimizer=ChunkedAdam is for one device, or data_parallel_size=1, and no 16-mixed"
+                f" precision, not for devices={devices}, precision={precision}: use "
                 "torch.optim.Adam"
             )
 

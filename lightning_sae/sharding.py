@@ -168,3 +168,18 @@ def distribute(module: nn.Module, share: Share, replicated: frozenset[str]) -> N
 def local(parameter: Tensor) -> Tensor:
     """Return this process's rows of a parameter: all, if it is not distributed."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def add_shards(values: Tensor, parameter: Tensor) -> Tensor:
+    """Return values (n,) from this process's rows of a parameter, or what they sum to over all.
+
+    Returns:
+        The values, or, if the parameter is distributed, their sum over all its rows, shape (1,).
+    """
+    if not isinstance(parameter, DTensor):
+        return values
+    own = values.sum(0, keepdim=True)
+    placement = Partial() if parameter.placements[0].is_shard() else Replicate()
+    mesh = parameter.device_mesh
+    total: Tensor = DTensor.from_local(own, mesh, [placement], run_check=False).full_tensor()
+    return total

@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import (
+    ChunkedAdam,
     FeatureChoiceSAE,
     MutualChoiceSAE,
     SparseAutoencoder,
@@ -173,6 +174,7 @@ def fit(
     steps: int = 8,
     start: str | None = None,
     groups: int = 1,
+    chunked: bool = False,
 ) -> dict[str, float]:
     """Train from a checkpoint to so many steps, save, predict, and return what a test measures."""
     count = processes()[1]
@@ -187,7 +189,7 @@ def fit(
         3,
         mutual_choice_for=5 * TOKENS,
         dead_after_tokens=2 * TOKENS,
-        optimizer=partial(torch.optim.Adam, fused=True),
+        optimizer=ChunkedAdam if chunked else partial(torch.optim.Adam, fused=True),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
     ).double()
     with pytest.MonkeyPatch.context() as patch:
@@ -217,6 +219,7 @@ def test_a_checkpoint_can_be_shared_out_anew(tmp_path: Path):
         "two-two": {"start": "two.ckpt"},
         "one-two": {"start": "same.ckpt"},
         "in groups": {"start": "same.ckpt", "groups": 2},
+        "chunked": {"start": "two.ckpt", "chunked": True},
     }.items():
         for measured in fit_on(2, name, **settings):
             assert measured == pytest.approx(expected, rel=1e-6)
