@@ -209,6 +209,8 @@ def _silence_noise() -> None:
     """Turn off messages of Lightning 2.6 that are no news to the user."""
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
     warnings.filterwarnings("ignore", "The dirpath has changed")  # `test` logs to a new folder
+    # What is logged at the end of a validation comes from metrics that all ranks have synchronised.
+    warnings.filterwarnings("ignore", "It is recommended to use `self.log")
     advertisements = ("litlogger", "litmodels")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(name in record.getMessage() for name in advertisements)

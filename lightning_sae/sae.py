@@ -8,6 +8,8 @@ from pickle import UnpicklingError
 from typing import Any, Self, get_args
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -208,11 +210,11 @@ class SparseAutoencoder(Dictionary, ABC):
         with torch.no_grad():
             try:
                 chosen = self.choose(scores) if self.training else self.choose_alone(scores)
-            except FloatingPointError as error:
+            except FloatingPointError:
                 raise ValueError(
                     f"affinities are not finite after {self.tokens_seen.item()} tokens: "
                     "lower the learning rate, or look for NaN or infinite activations"
-                ) from error
+                ) from None
         return self.matches_of(scaled, chosen), scores, chosen
 
     def matches_of(self, scaled: Tensor, chosen: Matches) -> Matches:
@@ -495,14 +497,24 @@ class SparseAutoencoder(Dictionary, ABC):
         Raises:
             ValueError: If they are in parts and are to be clipped by value.
         """
-        if not isinstance(optimizer, ChunkedAdam):
+        precision = self.trainer.precision_plugin
+        if not gradient_clip_val:
+            return
+        if isinstance(optimizer, ChunkedAdam):
+            if gradient_clip_algorithm == "value":
+                raise ValueError("gradient_clip_algorithm=value: ChunkedAdam clips by norm only")
+            optimizer.clip_grad_norm(gradient_clip_val)
+        elif isinstance(precision, MixedPrecision) and optimizer.defaults.get("fused"):
+            # Lightning refuses, because such an optimizer unscales gradients itself; it does not
+            # if they are unscaled already.
+            if precision.scaler is not None:
+                precision.scaler.unscale_(optimizer)
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(precision, optimizer, gradient_clip_val, algorithm)
+        else:
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
-        elif gradient_clip_algorithm == "value":
-            raise ValueError("gradient_clip_algorithm=value: ChunkedAdam clips by norm only")
-        elif gradient_clip_val:
-            optimizer.clip_grad_norm(gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then restore the unit norm: before any callback can write a checkpoint."""
