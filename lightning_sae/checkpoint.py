@@ -86,7 +86,8 @@ class FiniteWeights(pl.Callback):
             ValueError: They are not finite.
         """
         for name, weights in pl_module.named_parameters():
-            if not bool(weights.sum(dtype=torch.float64).isfinite()):  # NaN and Inf survive the sum
+            largest = torch.linalg.vector_norm(weights, ord=torch.inf)  # keeps NaN and infinity
+            if not bool(largest.isfinite()):
                 raise ValueError(
                     f"{name} has NaN or Inf after {trainer.global_step} steps, which is not saved: "
                     "lower the learning rate, and go on from an earlier checkpoint"

@@ -41,26 +41,26 @@ L1 = {
 
 NO_AUX, AUX_K = {"aux_coefficient": 0}, {"dying_below": 0}
 UNIFORM, FROM_SCRATCH = {"budgets": "uniform"}, {"mutual_choice_for": 0}
-TOKEN_NORM = {"importance": "token_norm"}
+AFFINITY, TOKEN_NORM = {"importance": "affinity"}, {"importance": "token_norm"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),
     "topk": ("topk", NO_AUX),
     "topk, aux_k": ("topk", {}),
-    "mutual": ("mutual_choice", NO_AUX),
-    "mutual, aux_k": ("mutual_choice", AUX_K),
-    "mutual, aux_zipf": ("mutual_choice", {}),
-    "feature uniform": ("feature_choice", UNIFORM | NO_AUX),
-    "feature uniform, aux_zipf": ("feature_choice", UNIFORM),
-    "feature zipf": ("feature_choice", NO_AUX),
-    "feature zipf, aux_zipf": ("feature_choice", {}),
+    "mutual": ("mutual_choice", AFFINITY | NO_AUX),
+    "mutual, aux_k": ("mutual_choice", AFFINITY | AUX_K),
+    "mutual, aux_zipf": ("mutual_choice", AFFINITY),
+    "feature uniform": ("feature_choice", AFFINITY | UNIFORM | NO_AUX),
+    "feature uniform, aux_zipf": ("feature_choice", AFFINITY | UNIFORM),
+    "feature zipf": ("feature_choice", AFFINITY | NO_AUX),
+    "feature zipf, aux_zipf": ("feature_choice", AFFINITY),
     "mutual by token_norm, aux_zipf": ("mutual_choice", TOKEN_NORM),
     "feature zipf by token_norm, aux_zipf": ("feature_choice", TOKEN_NORM),
 }
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {  # for one k only
-    "feature zipf from scratch, aux_zipf": ("feature_choice", FROM_SCRATCH),
+    "feature zipf from scratch, aux_zipf": ("feature_choice", AFFINITY | FROM_SCRATCH),
     "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"}),
     "mutual by token_norm": ("mutual_choice", TOKEN_NORM | NO_AUX),
-    "mutual, aux_zipf below half": ("mutual_choice", {"dying_below": 0.5}),
+    "mutual, aux_zipf below half": ("mutual_choice", AFFINITY | {"dying_below": 0.5}),
 }
 
 
