@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as logs:
-        options = {"rounds": given.rounds, "threads": given.threads, "logs": Path(logs)}
+        options = {"rounds": given.rounds, "threads": given.threads, "device": "cpu"}
+        options["logs"] = Path(logs)
         tables = [
             f"{name}, growing {growing}:\n\n{grow(growing, smallest, architecture, options)}"
             for name, architecture in {"Floor": None, **ours.ARCHITECTURES}.items()
