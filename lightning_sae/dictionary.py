@@ -175,6 +175,14 @@ class Dictionary(pl.LightningModule):
         """Return the scaled activations (tokens, d_model) that matches stand for."""
         return self.sum_directions(matches) + wide(self.b_dec)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, those left in parts for `ChunkedAdam` too."""
+        super().zero_grad(set_to_none)
+        for parameter in self.parameters():
+            parts = gradient_parts(parameter)
+            if parts:
+                parts.clear()
+
     def _encoder(self) -> tuple[Tensor, Tensor]:
         return wide(self.encoder.weight), wide(self.encoder.bias)
 

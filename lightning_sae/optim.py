@@ -18,7 +18,8 @@ class ChunkedAdam(torch.optim.Adam):
     It makes the steps of `torch.optim.Adam(fused=True)`, up to rounding, and has the same state in
     checkpoints, but a dictionary's gradient, as large as its weights, is never in memory. For the
     parameters of one `SparseAutoencoder`, on one device or shared out over several; others are
-    stepped as Adam steps them.
+    stepped as Adam steps them. From then on, in a plain loop, that SAE is for this optimizer. It
+    takes no `GradScaler`.
 
     Args:
         params: Parameters, or groups of them. Matrices among them leave their gradient in parts.
@@ -27,6 +28,8 @@ class ChunkedAdam(torch.optim.Adam):
         eps: Added to the denominator.
         weight_decay: L2 penalty.
     """
+
+    _scale: Tensor | float = 1.0  # of the gradient, once it is clipped
 
     def __init__(
         self,
@@ -37,14 +40,19 @@ class ChunkedAdam(torch.optim.Adam):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
-        self._scale: Tensor | float = 1.0  # of the gradient, once it is clipped
         for parameter, _ in self._parameters():
             if parameter.dim() == 2:
                 keep_in_parts(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step, a thousand rows at a time where the gradient is in parts."""
+        """Step, a thousand rows at a time where the gradient is in parts.
+
+        Raises:
+            ValueError: If a `GradScaler` steps it.
+        """
+        if getattr(self, "found_inf", None) is not None:
+            raise ValueError("ChunkedAdam takes no GradScaler, which cannot see gradients in parts")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,7 +86,7 @@ class ChunkedAdam(torch.optim.Adam):
             chunks = [gradient.square().sum() for _, gradient in self._gradients(parameter)]
             if chunks:
                 squares.append(add_shards(torch.stack(chunks), parameter))
-        norm = torch.cat(squares).sum().sqrt()
+        norm = torch.cat(squares).sum().sqrt() if squares else torch.zeros(())
         self._scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as `clip_grad_norm_` does
         return norm
 
@@ -91,16 +99,20 @@ class ChunkedAdam(torch.optim.Adam):
     def _gradients(parameter: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the gradient of a parameter, if it has one, in chunks of rows."""
         parts = gradient_parts(parameter)
-        if parameter.grad is not None:
-            yield slice(0, None), local(parameter.grad)
-        elif parts:
-            features, step = len(local(parameter)), rows_at_a_time(parameter)
-            for start in range(0, features, step):
-                end = min(start + step, features)
-                gradient = parts[0].rows(start, end)
-                for part in parts[1:]:
-                    gradient += part.rows(start, end)
-                yield slice(start, end), gradient.to(parameter.dtype)
+        whole = None if parameter.grad is None else local(parameter.grad)
+        if not parts:
+            if whole is not None:
+                yield slice(0, None), whole
+            return
+        features, step = len(local(parameter)), rows_at_a_time(parameter)
+        for start in range(0, features, step):
+            end = min(start + step, features)
+            gradient = parts[0].rows(start, end)
+            for part in parts[1:]:
+                gradient += part.rows(start, end)
+            if whole is not None:
+                gradient += whole[start:end]
+            yield slice(start, end), gradient.to(parameter.dtype)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]

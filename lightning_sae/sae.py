@@ -40,7 +40,7 @@ from lightning_sae.metrics import (
 )
 from lightning_sae.optim import ChunkedAdam
 from lightning_sae.sharding import local
-from lightning_sae.sparse import EncoderScores
+from lightning_sae.sparse import EncoderScores, give_whole
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
 _SHARED_BUFFERS = (
@@ -460,6 +460,8 @@ class SparseAutoencoder(Dictionary, ABC):
         Without a schedule of the user's the learning rate falls linearly to zero over the run, or
         stays as it is if the run has no set number of steps.
         """
+        for parameter in self.parameters():
+            give_whole(parameter)  # an earlier optimizer may have wanted it in parts
         optimizer = self._optimizer(self.parameters())
         if isinstance(optimizer, ChunkedAdam):
             self._require_all_tokens()

@@ -1,5 +1,6 @@
 """Adam in chunks takes the steps of Adam."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from lightning_sae import (
     StandardSAE,
     TopKSAE,
 )
-from lightning_sae.sparse import row_gradient
+from lightning_sae.sparse import gradient_parts, row_gradient
 from tests.helpers.superposition import superposition
 
 D_MODEL, N_FEATURES = 8, 50
@@ -81,6 +82,56 @@ def test_other_parameters_are_stepped_too():
     torch.testing.assert_close(results[0], results[1])
 
 
+def penalised(sae: SparseAutoencoder, loss: Tensor) -> None:
+    (loss + 1e-2 * sae.encoder.weight.square().sum() + 1e-2 * sae.W_dec.sum()).backward()
+
+
+def forgetful(sae: SparseAutoencoder, loss: Tensor) -> None:
+    sae.zero_grad(set_to_none=False)
+    loss.backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backward", [penalised, forgetful])
+def test_steps_are_those_of_adam_in_other_loops(backward, frozen: bool):
+    weights = []
+    for kind in (partial(torch.optim.Adam, fused=True), ChunkedAdam):
+        torch.manual_seed(0)
+        sae = MAKE["mutual"]().double()
+        sae.W_dec.requires_grad_(not frozen)
+        optimizer = kind(sae.parameters(), lr=1e-2)
+        for step in range(5):
+            loss, _ = sae.loss(superposition(64, D_MODEL, 32, seed=step).double())
+            optimizer.zero_grad(set_to_none=False)
+            backward(sae, loss)
+            optimizer.step()
+        weights.append(sae.state_dict())
+    torch.testing.assert_close(weights[1], weights[0])
+
+
+def test_a_copy_steps_too():
+    layer = nn.Linear(3, 2)
+    optimizer = copy.deepcopy(ChunkedAdam(layer.parameters()))
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not torch.equal(optimizer.param_groups[0]["params"][0], layer.weight)
+
+
+def test_without_gradients_there_is_nothing_to_clip():
+    optimizer = ChunkedAdam(nn.Linear(3, 2).parameters())
+    assert optimizer.clip_grad_norm(1.0) == 0
+    optimizer.step()
+
+
+def test_a_gradient_scaler_is_refused():
+    layer, scaler = nn.Linear(3, 2), torch.amp.GradScaler("cpu")
+    optimizer = ChunkedAdam(layer.parameters())
+    scaler.scale(layer(torch.ones(4, 3)).sum()).backward()
+    with pytest.raises(ValueError, match="takes no GradScaler"):
+        scaler.step(optimizer)
+
+
 def fit(folder: Path, optimizer, **settings) -> dict[str, Tensor]:
     torch.manual_seed(0)
     sae = MutualChoiceSAE(D_MODEL, N_FEATURES, 3, optimizer=optimizer)
@@ -126,6 +177,16 @@ def test_gradients_are_clipped_in_mixed_precision(precision, fused, algorithm, t
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     free = fit(tmp_path / "free", adam)["state_dict"]
     assert not torch.allclose(free["W_dec"], expected["W_dec"], atol=1e-3)
+
+
+def test_another_optimizer_gets_whole_gradients_again():
+    sae = TopKSAE(D_MODEL, N_FEATURES, 3, optimizer=ChunkedAdam)
+    sae._trainer = SimpleNamespace(world_size=1, precision="32", estimated_stepping_batches=4)
+    sae.configure_optimizers()
+    assert gradient_parts(sae.W_dec) == []
+    sae._optimizer = torch.optim.Adam
+    sae.configure_optimizers()
+    assert gradient_parts(sae.W_dec) is None
 
 
 def test_it_says_what_it_is_not_for(tmp_path: Path):

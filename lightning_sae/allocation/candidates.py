@@ -13,8 +13,8 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
 
     Args:
         scores: Of all pairs.
-        budget: How many pairs are wanted. At most twice as many are held at any time, beside those
-            of one tile.
+        budget: How many pairs are wanted. Of tiles, at most twice as many are held at any time,
+            beside those of one tile.
         guess: Pairs below are left out: if fewer than the budget are found, it was too large.
 
     Returns:

@@ -1,8 +1,4 @@
-"""The largest entries of rows: the one mechanism behind every choice.
-
-Tokens are rows for token choice, features are rows for feature choice, and mutual choice has a
-single row that holds the whole batch.
-"""
+"""The largest entries of rows: of tokens for token choice, of features for feature choice."""
 
 import torch
 from torch import Tensor

@@ -2,12 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lightning_sae.allocation.matches import Matches, Pairs
 from lightning_sae.allocation.ranking import among_largest, kth_largest
+
+_NOTHING = torch.tensor(torch.finfo(torch.float32).tiny).nextafter(torch.zeros(())).item()
+"""What a score must be above to count as positive: below it arithmetic may round to zero."""
 
 _CROWDED = 3 / 4  # of as many entries as blocks: then too many others are above the bound
 _PAIRS = 1 << 31  # whose maxima are in memory at a time: 256 MiB, of blocks of 32
@@ -45,11 +49,12 @@ class Search(ABC):
         """
 
     @abstractmethod
-    def pairs_above(self, bounds: Tensor) -> Pairs:
+    def pairs_above(self, bounds: Tensor, most: int | None = None) -> Pairs | None:
         """Return all pairs that score above a bound, sorted by feature, then by token.
 
         Args:
             bounds: Float32, one a feature, shape (features,), or one a token, shape (tokens, 1).
+            most: If given, nothing is returned if more are found, and more than there is room for.
         """
 
     def above(self, bounds: Tensor) -> Matches:
@@ -57,14 +62,21 @@ class Search(ABC):
 
         Args:
             bounds: One a feature, shape (features,), one a token, shape (tokens, 1), or one for
-                all, shape (1,).
+                all, shape (1,). Nothing is above NaN.
 
         Raises:
             FloatingPointError: If any score is NaN, or infinite and above its bound.
         """
+        return cast(Matches, self._above(bounds))  # no number of pairs is too many
+
+    def _above(self, bounds: Tensor, most: int | None = None) -> Matches | None:
         if bounds.dim() == 1:
             bounds = bounds.expand(self.shape[1])
-        token, feature, score = self.pairs_above(bounds.float().clamp_min(0))
+        bounds = bounds.float().masked_fill(bounds.isnan(), torch.inf).clamp_min(_NOTHING)
+        found = self.pairs_above(bounds, most)
+        if found is None:
+            return None
+        token, feature, score = found
         if not bool(score.isfinite().all()):
             raise FloatingPointError("scores are not finite")
         return Matches(token, feature, score, self.shape)
@@ -74,10 +86,14 @@ class Search(ABC):
 
         Args:
             budget: How many pairs are wanted.
-            guess: If given, what is at or above it is returned, budget or not.
+            guess: If given, what is at or above it is returned, budget or not, unless it is far
+                more than the budget.
         """
         if guess is not None:
-            return self.above(_just_below(torch.tensor([guess], device=self.device)))
+            bound = _just_below(torch.tensor([guess], device=self.device))
+            found = self._above(bound, most=2 * budget)
+            if found is not None:
+                return found
         largest, blocks = [], 0
         for rows in self._parts(of_tokens=False):
             maxima = self.block_maxima(rows, of_tokens=False)[0].flatten()
@@ -90,7 +106,7 @@ class Search(ABC):
 
     def of_tokens(self, count: int) -> Matches | None:
         """Return the `count` largest of each token; None if tiles find them sooner."""
-        bounds = []
+        bounds = [torch.empty(0, 1, device=self.device)]
         for rows in self._parts(of_tokens=True):
             maxima, _ = self.block_maxima(rows, of_tokens=True)
             if count > maxima.shape[1] * _CROWDED:

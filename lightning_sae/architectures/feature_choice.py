@@ -20,6 +20,7 @@ from lightning_sae.checks import require_choice, require_k, require_not_negative
 from lightning_sae.distributed import length_over_ranks, sum_over_ranks, world_size
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
+_PAIRS = 1 << 23  # on all ranks, whose scores are in memory at a time
 _LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
 
 
@@ -58,7 +59,8 @@ class FeatureChoiceSAE(ThresholdSAE):
         aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         dying_below: Share of its Zipf density below which a feature counts as dying and is helped
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        k_aux: Dead, and dying, features a token may use in that loss. Default: d_model / 2.
+        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
+            Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         scope: Under data parallelism, whether budgets are for all ranks' tokens, or each rank has
@@ -263,10 +265,13 @@ class FeatureChoiceSAE(ThresholdSAE):
 
 def _midpoints(scores: Scores, budgets: Tensor) -> Tensor:
     """Return thresholds (n_features,) that give each feature its budget, rounded, on all ranks."""
-    counts = budgets.round().long().clamp(max=length_over_ranks(scores)).to(scores.device)
+    tokens = length_over_ranks(scores)
+    counts = budgets.round().long().clamp(max=tokens).to(scores.device)[scores.share.here]
+    step = max(1, _PAIRS // max(1, tokens))  # the same on all ranks, however unlike their tokens
     thresholds = []
-    for start, tile in scores.feature_tiles():
-        rows = tile.rows.T  # (tokens, some features)
-        matches = feature_choice_over_ranks(rows, counts[start : start + rows.shape[1]])
+    for start in range(0, len(counts), step):
+        some = slice(start, min(start + step, len(counts)))
+        rows = scores.of_features(some).T  # (tokens, some features)
+        matches = feature_choice_over_ranks(rows, counts[some])
         thresholds.append(midpoint_thresholds_over_ranks(rows, matches))
     return scores.share.everyones(torch.cat(thresholds))

@@ -27,7 +27,8 @@ class MutualChoiceSAE(ThresholdSAE):
         aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         dying_below: Share of its Zipf density below which a feature counts as dying and is helped
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        k_aux: Dead, and dying, features a token may use in that loss. Default: d_model / 2.
+        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
+            Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has

@@ -36,7 +36,8 @@ class StandardSAE(SparseAutoencoder):
         aux_coefficient: Weight of a loss that revives dead features; the source has none.
         dying_below: Share of its Zipf density below which a feature counts as dying and is helped
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        k_aux: Dead, and dying, features a token may use in that loss. Default: d_model / 2.
+        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
+            Default: d_model / 2.
         dead_after_tokens: Tokens without a match after which a feature counts as dead. Bricken et
             al.: 12,500 steps of 8,192 tokens.
         optimizer: Makes the optimizer from the parameters.

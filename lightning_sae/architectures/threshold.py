@@ -23,8 +23,8 @@ Scope = Literal["global", "local"]
 """Which tokens are chosen from together, under data parallelism:
 
 * `global`: those of all ranks, so that the number of ranks does not show;
-* `local`: those of each rank by itself. It saves five small messages a batch, but ranks can no
-  longer share a budget by need, and the result depends on their number.
+* `local`: those of each rank by itself. It saves six or seven small messages a batch, but ranks can
+  no longer share a budget by need, and the result depends on their number.
 """
 
 
@@ -61,7 +61,8 @@ class ThresholdSAE(SparseAutoencoder):
         if self._cuts is not None:
             # Cuts fall while dictionaries improve. Without influence on the choice, so not saved.
             before, last = self._cuts
-            guess = last - 2 * abs(last - before) - 0.03 * last
+            margin = min(2 * abs(last - before) + 0.03 * last, 0.2 * last)
+            guess = last - margin if last > 0 else None
         return choice(scores, self.k * self.batch_tokens(scores), guess)
 
     def batch_threshold(self, chosen: Matches) -> Tensor:
@@ -85,6 +86,7 @@ class ThresholdSAE(SparseAutoencoder):
 
         Raises:
             ValueError: If x is not d_model wide.
+            FloatingPointError: If affinities are NaN or infinite.
         """
         self.threshold.copy_(self.calibrated(self.scaled(x)))
 
@@ -95,9 +97,10 @@ class ThresholdSAE(SparseAutoencoder):
         """
         budget = self.k * length_over_ranks(scaled)
         everything = length_over_ranks(scaled) * self.n_features
+        guess = 0.9 * float(self.threshold.mean())  # NaN before the first batch
         # One more than the budget: the first that is rejected.
         chosen = mutual_choice_over_ranks(
-            self.scores(scaled), min(budget + 1, everything), 0.9 * float(self.threshold)
+            self.scores(scaled), min(budget + 1, everything), guess if guess > 0 else None
         )
         smallest = chosen.value.sort().values[:2]
         last_two = torch.cat(gather_over_ranks(smallest)).sort().values[:2]
@@ -121,7 +124,8 @@ class ThresholdSAE(SparseAutoencoder):
     def observe(self, scores: Scores, chosen: Matches) -> None:
         """Move the threshold towards what this batch was cut at."""
         seen = self.batch_threshold(chosen).float()
-        last = float(seen)
+        own = self.scope == "local" and len(chosen) > 0
+        last = float(chosen.value.min() if own else seen)
         self._cuts = (self._cuts[1] if self._cuts else last, last)
         first = self.threshold.isnan()
         self.threshold.copy_(

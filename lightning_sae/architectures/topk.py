@@ -30,7 +30,8 @@ class TopKSAE(SparseAutoencoder):
         aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         dying_below: Share of its Zipf density below which a feature counts as dying and is helped
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        k_aux: Dead, and dying, features a token may use in that loss. Default: d_model / 2.
+        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
+            Default: d_model / 2.
         multi_k_coefficient: Weight of a second reconstruction, with `multi_k` matches per token.
         multi_k: Matches per token in it, 1 to n_features. Default: 4 k. They do not count as
             firing.

@@ -4,6 +4,7 @@ from lightning_sae.sparse.decode import sum_directions
 from lightning_sae.sparse.encode import EncoderScores, matched_affinities
 from lightning_sae.sparse.row_gradient import (
     RowGradient,
+    give_whole,
     gradient_parts,
     keep_in_parts,
     rows_at_a_time,
@@ -14,6 +15,7 @@ __all__ = [
     "EncoderScores",
     "RowGradient",
     "dot_rows",
+    "give_whole",
     "gradient_parts",
     "keep_in_parts",
     "matched_affinities",

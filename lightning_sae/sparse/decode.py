@@ -69,5 +69,8 @@ class _WithDictionaryGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dictionary, weights = ctx.saved_tensors
-        gradient = RowGradient.of(grad, weights, ctx.matches, along=dictionary)
-        return grad, leave_or_give(gradient, ctx.parts), None, None, None
+        to_dictionary = None
+        if ctx.needs_input_grad[1]:
+            gradient = RowGradient.of(grad, weights, ctx.matches, along=dictionary)
+            to_dictionary = leave_or_give(gradient, ctx.parts)
+        return grad, to_dictionary, None, None, None

@@ -81,9 +81,9 @@ class KernelSearch(Search):
         super().__init__((len(x), len(weight)), x.device)
         self._x, self._weight, self._bias, self._scale = x, weight, bias, scale
 
-    def pairs_above(self, bounds: Tensor) -> Pairs:
+    def pairs_above(self, bounds: Tensor, most: int | None = None) -> Pairs | None:
         """Return all pairs that score above a bound."""
-        return pairs_above(self._x, self._weight, self._bias, self._scale, bounds)
+        return pairs_above(self._x, self._weight, self._bias, self._scale, bounds, most)
 
     def block_maxima(
         self, rows: slice, thresholds: Tensor | None = None, *, of_tokens: bool
@@ -168,5 +168,7 @@ class _MatchedAffinities(torch.autograd.Function):
             return to_x, to_origin, dense.T @ (x - origin), to_bias, None, None
         if ctx.needs_input_grad[0]:
             to_x = sum_rows(weight, matches.token, matches.feature, grad, tokens)
-        to_weight = leave_or_give(RowGradient.of(x - origin, grad, matches), ctx.parts)
+        to_weight = None
+        if ctx.needs_input_grad[2]:
+            to_weight = leave_or_give(RowGradient.of(x - origin, grad, matches), ctx.parts)
         return to_x, to_origin, to_weight, to_bias, None, None

@@ -40,7 +40,7 @@ def has_kernel(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype in DTYPES and _has_triton()
 
 
-def pairs_above(x: Tensor, *args: Any) -> Pairs:
+def pairs_above(x: Tensor, *args: Any) -> Pairs | None:
     """Call the kernel of this name; only where `has_kernel`. Others go by tiles of scores."""
     return _kernel("pairs_above", x, *args)  # type: ignore[no-any-return]  # looked up by name
 

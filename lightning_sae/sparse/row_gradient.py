@@ -89,6 +89,12 @@ def keep_in_parts(parameter: Tensor) -> None:
     setattr(parameter, _PARTS, [])
 
 
+def give_whole(parameter: Tensor) -> None:
+    """Have the gradient of a parameter given as its `grad` again."""
+    if gradient_parts(parameter) is not None:
+        delattr(parameter, _PARTS)
+
+
 def leave_or_give(gradient: RowGradient, parts: list[RowGradient] | None) -> Tensor | None:
     """Leave a gradient with other parts of the same, or, where there is no list, give it whole."""
     if parts is None:

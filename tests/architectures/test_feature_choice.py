@@ -194,6 +194,15 @@ def test_thresholds_keep_each_features_share():
     torch.testing.assert_close(exact[capable], wanted[capable], atol=0.5 / 8192 + 1e-6, rtol=0)
 
 
+def test_the_first_phase_can_be_calibrated():
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=1e9)
+    held_out = superposition(8192, 8, n_features=16, seed=-1)
+    sae.calibrate(held_out)  # before the first batch, too
+    train(sae, 2)
+    sae.eval().calibrate(held_out)
+    assert (sae.encode(held_out) > 0).sum() == 3 * 8192
+
+
 def test_a_budget_too_small_for_the_dictionary_is_explained():
     sae = FeatureChoiceSAE(8, 1000, 2, mutual_choice_for=1000)  # noticed in the first phase
     with pytest.raises(

@@ -71,6 +71,17 @@ def test_scores_can_be_something_else_than_affinities():
     assert scores.of_features(slice(4, 8)).is_contiguous()
 
 
+def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pairs_above", "block_maxima"):
+        monkeypatch.setattr(encode, name, getattr(kernels, name))
+    monkeypatch.setattr(encode, "has_kernel", lambda tensor: True)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels(monkeypatch)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPatch):
     """Where there are kernels, here in Triton's interpreter, choices are the same."""
@@ -79,9 +90,7 @@ def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPa
     x, weight, bias = (torch.randint(-3, 4, shape).float() for shape in shapes)
     scale = torch.randint(1, 4, (tokens,)).float() if scaled else None
     by_tiles = EncoderScores(x, weight, bias, scale)
-    for name in ("pairs_above", "block_maxima"):
-        monkeypatch.setattr(encode, name, getattr(kernels, name))
-    monkeypatch.setattr(encode, "has_kernel", lambda tensor: True)
+    use_kernels(monkeypatch)
     by_kernels = EncoderScores(x, weight, bias, scale)
     assert by_kernels.search is not None
     for scores in (by_kernels, by_tiles):
@@ -102,6 +111,9 @@ def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPa
         lambda scores: mutual_choice(scores, 200, guess=1e9),
         lambda scores: mutual_choice(scores, 6000, guess=-1.0),
         lambda scores: mutual_choice(scores, 0),
+        lambda scores: mutual_choice(scores, 200, guess=float("nan")),
+        lambda scores: threshold_choice(scores, float("nan")),
+        lambda scores: threshold_choice(scores, float("inf")),
     ):
         found, expected = choose(by_kernels), choose(by_tiles)
         assert torch.equal(found.to_dense(), expected.to_dense())
@@ -111,6 +123,43 @@ def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPa
     assert torch.equal(by_kernels.passing, by_tiles.passing)
     with pytest.raises(FloatingPointError):
         threshold_choice(EncoderScores(x, weight * torch.nan, bias), 5.0)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_kernels_take_small_batches(tokens: int, with_kernels: None):
+    x, weight, bias = torch.randn(tokens, 5), torch.randn(200, 5), torch.randn(200)
+    scores = EncoderScores(x, weight, bias)
+    assert scores.search is not None
+    found = token_choice(scores, 2)
+    assert torch.equal(found.to_dense(), token_choice(scores.dense(), 2).to_dense())
+
+
+def test_a_useless_guess_does_not_fill_the_memory(
+    with_kernels: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Were it not for the budget, all pairs above the guess would be kept."""
+    monkeypatch.setattr(kernels.pairs, "PAIRS_A_TOKEN", 4)
+    x, weight, bias = torch.randn(200, 5), torch.randn(150, 5), torch.randn(150)
+    scores = EncoderScores(x, weight, bias)
+    rooms = []
+    search = kernels.pairs._search
+    monkeypatch.setattr(kernels.pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
+    found = mutual_choice(scores, 500, guess=1e-3)
+    assert torch.equal(found.to_dense(), mutual_choice(scores.dense(), 500).to_dense())
+    assert max(rooms) < 1500  # of 15,000
+
+
+def test_weights_that_are_not_numbers_do_not_fill_the_memory(
+    with_kernels: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels.pairs, "PAIRS_A_TOKEN", 4)
+    x, weight, bias = torch.randn(200, 5), torch.randn(150, 5) * torch.nan, torch.randn(150)
+    rooms = []
+    search = kernels.pairs._search
+    monkeypatch.setattr(kernels.pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
+    with pytest.raises(FloatingPointError):
+        threshold_choice(EncoderScores(x, weight, bias), 0.0)
+    assert rooms == [800]
 
 
 def test_dot_rows_are_entries_of_the_product(monkeypatch: pytest.MonkeyPatch):

@@ -11,8 +11,13 @@ PAIRS_A_TOKEN = 256  # room at first: 3 KiB a token
 
 
 def pairs_above(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, bounds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    bounds: Tensor,
+    most: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Find all pairs of a token and a feature whose score exceeds a bound.
 
     No tensor of tokens x features exists: a program computes a tile of scores, keeps what is above
@@ -26,15 +31,23 @@ def pairs_above(
         bias: Shape (features,).
         scale: What the affinities of each token are multiplied by, float32, shape (tokens,).
         bounds: Float32, one a feature, shape (features,), or one a token, shape (tokens, 1).
+        most: If given, nothing is returned if more are found, and more than there is room for.
 
     Returns:
         Token (int64), feature (int64) and score (float32) of each pair, shape (pairs,) each, sorted
         by feature, then token. A score is `(x @ weight.T + bias) * scale`, accumulated in float32
         and not rounded to the dtype of `x`: each is above its bound as it stands. NaN is above all.
+
+    Raises:
+        FloatingPointError: If there is no room for all, and among those found is NaN or infinity.
     """
     room = min(PAIRS_A_TOKEN, len(weight)) * len(x)
     count, *pairs = _search(x, weight, bias, scale, bounds, room)
     if count > room:  # counted all the same
+        if not bool(pairs[2].isfinite().all()):  # NaN is above all: there may be no room for them
+            raise FloatingPointError("scores are not finite")
+        if most is not None and count > most:
+            return None
         count, *pairs = _search(x, weight, bias, scale, bounds, count)
     token, feature, score = (part[:count] for part in pairs)
     pair, order = (feature.long() * len(x) + token).sort()
