@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
-from lightning_sae.architectures import feature_choice
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.distributed import max_over_ranks, mean_over_ranks, min_over_ranks, world_size
 from tests.helpers.ddp import run_on
@@ -73,7 +72,6 @@ def train(rank: int, case: str) -> tuple[list[float], dict[str, Tensor]]:
         buffers = torch.cat([buffer.flatten().double() for buffer in sae.buffers()])
         assert torch.equal(max_over_ranks(buffers), min_over_ranks(buffers)), f"step {step}"
     if isinstance(sae, ThresholdSAE):
-        feature_choice._PAIRS = 4000  # ten features at a time, whatever the ranks' tokens
         held_out = superposition(400, 8, n_features=16, seed=STEPS).double()
         sae.calibrate(held_out.tensor_split([100, 300, 300][: world_size() - 1])[rank])
     return losses, sae.state_dict()

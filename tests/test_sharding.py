@@ -63,9 +63,9 @@ def shared_out(sae: SparseAutoencoder, groups: int = 1) -> Iterator[None]:
     if count > 1:
         names = ("data_parallel", "tensor_parallel")
         sae._device_mesh = init_device_mesh("cpu", (groups, count // groups), mesh_dim_names=names)
-    sae.configure_model()
-    sae.on_fit_start()
     try:
+        sae.configure_model()
+        sae.on_fit_start()
         yield
     finally:
         sae.teardown("fit")

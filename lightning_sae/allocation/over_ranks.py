@@ -17,12 +17,11 @@ from lightning_sae.allocation.candidates import candidates_of_batch, candidates_
 from lightning_sae.allocation.choices import (
     as_scores,
     feature_choice,
-    midpoint_thresholds,
     mutual_choice,
     require_budgets,
     valued,
 )
-from lightning_sae.allocation.matches import Matches, matches_where
+from lightning_sae.allocation.matches import Matches
 from lightning_sae.allocation.ranking import among_largest, places
 from lightning_sae.allocation.scores import Scores
 from lightning_sae.distributed import (
@@ -95,28 +94,31 @@ def feature_choice_over_ranks(affinities: Tensor | Scores, budgets: Tensor) -> M
     return valued(found.select(chosen), affinities)
 
 
-def midpoint_thresholds_over_ranks(affinities: Tensor, matches: Matches) -> Tensor:
+def midpoint_thresholds_over_ranks(affinities: Tensor | Scores, budgets: Tensor) -> Tensor:
     """Return each feature's midpoint of its last chosen and first rejected affinity on any rank.
 
     Args:
         affinities: Of this rank's tokens, shape (tokens, features).
-        matches: Those of `feature_choice_over_ranks` on this rank.
+        budgets: As for `feature_choice_over_ranks`.
 
     Returns:
-        As `midpoint_thresholds`, the same on all ranks, shape (features,).
+        As `midpoint_thresholds` of what that chooses, the same on all ranks, shape (features,).
     """
-    scores = as_scores(affinities).dense()
-    features = scores.shape[1]
-    pairs = (matches.token, matches.feature)
-    last = scores.new_full((features,), torch.inf)
-    last = min_over_ranks(last.scatter_reduce(0, matches.feature, scores[pairs], "amin"))
-    rejected = torch.cat([scores, scores.new_full((1, features), -torch.inf)])  # never empty
-    rejected[pairs] = -torch.inf
-    first = max_over_ranks(rejected.amax(0))
-    # These two affinities of a feature decide, so a batch of them alone has the same midpoints.
-    chosen = torch.stack([last.isfinite(), torch.zeros_like(last, dtype=torch.bool)])
-    both = torch.stack([last.where(last.isfinite(), -torch.inf), first])  # (2, features)
-    return midpoint_thresholds(both, matches_where(both, chosen))
+    scores = as_scores(affinities)
+    tokens = length_over_ranks(scores)
+    # The first that is rejected is the last of one more.
+    found = feature_choice_over_ranks(scores, (budgets + 1).clamp(max=tokens))
+    reserved = _reserve(budgets, len(scores), tokens)
+    chosen = _largest(found.feature, found.value, budgets, reserved)
+    choice, rejects = found.select(chosen), found.select(~chosen)
+    last = found.value.new_full((scores.shape[1],), torch.inf)
+    last = min_over_ranks(last.scatter_reduce(0, choice.feature, choice.value, "amin"))
+    # Tokens turned down for want of a positive affinity are not among those found: zero.
+    first = torch.zeros_like(last).scatter_reduce(0, rejects.feature, rejects.value, "amax")
+    first = max_over_ranks(first)
+    last = torch.where(last.isinf(), first, last)
+    everyone = sum_over_ranks(choice.per_feature()) == tokens
+    return (last + torch.where(everyone, last, first)) / 2
 
 
 def _largest(row: Tensor, score: Tensor, counts: Tensor, reserved: Tensor) -> Tensor:

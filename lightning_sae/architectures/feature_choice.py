@@ -20,7 +20,6 @@ from lightning_sae.checks import require_choice, require_k, require_not_negative
 from lightning_sae.distributed import length_over_ranks, sum_over_ranks, world_size
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
-_PAIRS = 1 << 23  # on all ranks, whose scores are in memory at a time
 _LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
 
 
@@ -265,13 +264,5 @@ class FeatureChoiceSAE(ThresholdSAE):
 
 def _midpoints(scores: Scores, budgets: Tensor) -> Tensor:
     """Return thresholds (n_features,) that give each feature its budget, rounded, on all ranks."""
-    tokens = length_over_ranks(scores)
-    counts = budgets.round().long().clamp(max=tokens).to(scores.device)[scores.share.here]
-    step = max(1, _PAIRS // max(1, tokens))  # the same on all ranks, however unlike their tokens
-    thresholds = []
-    for start in range(0, len(counts), step):
-        some = slice(start, min(start + step, len(counts)))
-        rows = scores.of_features(some).T  # (tokens, some features)
-        matches = feature_choice_over_ranks(rows, counts[some])
-        thresholds.append(midpoint_thresholds_over_ranks(rows, matches))
-    return scores.share.everyones(torch.cat(thresholds))
+    counts = budgets.round().long().clamp(max=length_over_ranks(scores)).to(scores.device)
+    return midpoint_thresholds_over_ranks(scores, counts)
