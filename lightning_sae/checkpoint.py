@@ -86,8 +86,10 @@ class FiniteWeights(pl.Callback):
             ValueError: They are not finite.
         """
         for name, weights in pl_module.named_parameters():
-            largest = torch.linalg.vector_norm(weights, ord=torch.inf)  # keeps NaN and infinity
-            if not bool(largest.isfinite()):
+            if weights.dim() > 1:  # else the sum would copy all of them in float64
+                weights = torch.linalg.vector_norm(weights, ord=torch.inf, dim=1)
+            # NaN and infinity survive a sum, over processes too; NaN not a maximum over those.
+            if not bool(weights.sum(dtype=torch.float64).isfinite()):
                 raise ValueError(
                     f"{name} has NaN or Inf after {trainer.global_step} steps, which is not saved: "
                     "lower the learning rate, and go on from an earlier checkpoint"
