@@ -499,9 +499,9 @@ class SparseAutoencoder(Dictionary, ABC):
         Raises:
             ValueError: If they are in parts and are to be clipped by value.
         """
-        precision = self.trainer.precision_plugin
         if not gradient_clip_val:
             return
+        precision = self.trainer.precision_plugin
         if isinstance(optimizer, ChunkedAdam):
             if gradient_clip_algorithm == "value":
                 raise ValueError("gradient_clip_algorithm=value: ChunkedAdam clips by norm only")

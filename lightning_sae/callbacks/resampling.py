@@ -212,11 +212,11 @@ def renew(
     here = module.share.here
     mine = (features >= here.start) & (features < here.stop)
     features, directions = features[mine] - here.start, directions[mine]
-    W_dec, W_enc, b_enc = module.W_dec, module.encoder.weight, module.encoder.bias  # noqa: N806
-    local(W_dec)[features] = directions.to(W_dec.dtype)
-    local(W_enc)[features] = (ENCODER_NORM * norm * directions).to(W_enc.dtype)
-    local(b_enc)[features] = 0
-    for parameter in (W_dec, W_enc, b_enc):
+    decoder, encoder, bias = module.W_dec, module.encoder.weight, module.encoder.bias
+    local(decoder)[features] = directions.to(decoder.dtype)
+    local(encoder)[features] = (ENCODER_NORM * norm * directions).to(encoder.dtype)
+    local(bias)[features] = 0
+    for parameter in (decoder, encoder, bias):
         for optimizer in optimizers:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

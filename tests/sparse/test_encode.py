@@ -127,6 +127,7 @@ def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_kernels_take_small_batches(tokens: int, with_kernels: None):
+    torch.manual_seed(0)
     x, weight, bias = torch.randn(tokens, 5), torch.randn(200, 5), torch.randn(200)
     scores = EncoderScores(x, weight, bias)
     assert scores.search is not None
@@ -138,6 +139,7 @@ def test_a_useless_guess_does_not_fill_the_memory(
     with_kernels: None, monkeypatch: pytest.MonkeyPatch
 ):
     """Were it not for the budget, all pairs above the guess would be kept."""
+    torch.manual_seed(0)
     monkeypatch.setattr(kernels.pairs, "PAIRS_A_TOKEN", 4)
     x, weight, bias = torch.randn(200, 5), torch.randn(150, 5), torch.randn(150)
     scores = EncoderScores(x, weight, bias)
