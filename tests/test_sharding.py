@@ -373,7 +373,11 @@ def test_the_command_line_does_the_same_on_two_processes(tmp_path: Path):
     one, two = (torch.load(path, weights_only=True)["state_dict"] for path in paths.values())
     # Float32 counts one token more or less above a threshold, which then moves by so much more.
     torch.testing.assert_close(two.pop("threshold"), one.pop("threshold"), rtol=0.02, atol=0)
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    # Adam makes a step of the noise in a gradient near zero, so that single weights stray further.
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-4)
+    for name, tensor in one.items():
+        distance = torch.linalg.vector_norm(two[name].double() - tensor.double())
+        assert distance <= 1e-5 * torch.linalg.vector_norm(tensor.double()), name
     for subcommand in ("validate", "test", "predict"):
         for name, overlay in {"one": "", "two": SHARED}.items():
             where = f"--ckpt_path {paths['two']}"
