@@ -11,7 +11,7 @@ from lightning_sae.allocation.search import Search
 from lightning_sae.allocation.tile import Tile, strictly
 from lightning_sae.sharding import Share
 
-_PAIRS = 6 << 20  # in a tile: 24 MiB of float32, which glibc hands out again without page faults
+_PAIRS = 6 << 20  # in a tile: 24 MiB of float32; TopK is slower with smaller ones
 _PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
 
 
@@ -43,15 +43,22 @@ class Scores(ABC):
         """Where tiles are computed."""
 
     @abstractmethod
-    def of_features(self, features: slice) -> Tensor:
+    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
         """Return the scores of some features, float32 or wider, contiguous, (features, tokens).
 
-        Features are numbered from the first that has its tiles here.
+        Args:
+            features: Numbered from the first that has its tiles here.
+            room: Scores of as many, returned before, that may be overwritten.
         """
 
     @abstractmethod
-    def of_tokens(self, tokens: slice) -> Tensor:
-        """Return the scores of some tokens, float32 or wider, contiguous, (tokens, features)."""
+    def of_tokens(self, tokens: slice, room: Tensor | None = None) -> Tensor:
+        """Return the scores of some tokens, float32 or wider, contiguous, (tokens, features).
+
+        Args:
+            tokens: Which.
+            room: Scores of as many, returned before, that may be overwritten.
+        """
 
     def dense(self) -> Tensor:
         """Return all scores at once, shape (tokens, features)."""
@@ -107,6 +114,8 @@ class Scores(ABC):
     def feature_tiles(self) -> Iterator[tuple[int, Tile]]:
         """Yield tiles whose rows are features, each with the number of its first feature.
 
+        A tile is gone when the next one is asked for.
+
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
@@ -123,7 +132,8 @@ class Scores(ABC):
     def token_tiles(self) -> Iterator[tuple[int, Tile]]:
         """Yield tiles whose rows are tokens, each with the number of its first token.
 
-        Their columns are the features whose tiles are here.
+        Their columns are the features whose tiles are here. A tile is gone when the next one is
+        asked for.
 
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
@@ -132,13 +142,17 @@ class Scores(ABC):
         yield from self._tiles(self.shape[0], columns, self.of_tokens)
 
     def _tiles(
-        self, rows: int, columns: int, compute: Callable[[slice], Tensor]
+        self, rows: int, columns: int, compute: Callable[[slice, Tensor | None], Tensor]
     ) -> Iterator[tuple[int, Tile]]:
         pairs = _PAIRS if self.device.type == "cpu" else _PAIRS_ON_GPU
         step = max(1, pairs // max(1, columns))
         total = torch.zeros((), device=self.device)
+        room = None  # the first tile's, which is the largest
         for start in range(0, rows, step):
-            tile = Tile(compute(slice(start, min(start + step, rows))))
+            end = min(start + step, rows)
+            scores = compute(slice(start, end), None if room is None else room[: end - start])
+            room = scores if room is None else room
+            tile = Tile(scores)
             yield start, tile
             total = total + tile.maxima.sum()  # NaN or infinite if one of them is
         if not bool(self.share.sum(total).isfinite()):  # else a NaN would just never be chosen
@@ -160,10 +174,10 @@ class TensorScores(Scores):
         """Where the tensor is."""
         return self._scores.device
 
-    def of_features(self, features: slice) -> Tensor:
+    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
         """Return a transposed copy of some columns."""
         return self._scores[:, features].T.contiguous()
 
-    def of_tokens(self, tokens: slice) -> Tensor:
+    def of_tokens(self, tokens: slice, room: Tensor | None = None) -> Tensor:
         """Return some rows."""
         return self._scores[tokens].contiguous()

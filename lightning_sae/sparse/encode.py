@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from lightning_sae.allocation import Matches, Scores
 from lightning_sae.allocation.matches import Pairs
@@ -51,10 +50,10 @@ class EncoderScores(Scores):
         """Where the inputs are."""
         return self._x.device
 
-    def of_features(self, features: slice) -> Tensor:
+    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
         """Return the scores of some features, shape (features, tokens)."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            affinities = self._weight[features] @ self._x.T
+            affinities = torch.mm(self._weight[features], self._x.T, out=room)
             affinities += self._bias[features].unsqueeze(1)
             if self._scale is not None:
                 affinities *= self._scale
@@ -63,10 +62,10 @@ class EncoderScores(Scores):
             everyone = slice(0, len(self._x))
             return self._rank(affinities.T, everyone, features).T.contiguous()
 
-    def of_tokens(self, tokens: slice) -> Tensor:
+    def of_tokens(self, tokens: slice, room: Tensor | None = None) -> Tensor:
         """Return the scores of some tokens, shape (tokens, features)."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            affinities = functional.linear(self._x[tokens], self._weight, self._bias)
+            affinities = torch.addmm(self._bias, self._x[tokens], self._weight.T, out=room)
             if self._scale is not None:
                 affinities *= self._scale[tokens].unsqueeze(1)
             if self._rank is None:
