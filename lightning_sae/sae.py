@@ -89,6 +89,7 @@ class SparseAutoencoder(Dictionary, ABC):
         aux_coefficient: float = 1 / 32,
         dying_below: float = 0.0,
         k_aux: int | None = None,
+        aux_every: int = 1,
         dead_after_tokens: int = 10_000_000,
         importance: Importance = "affinity",
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
@@ -96,7 +97,7 @@ class SparseAutoencoder(Dictionary, ABC):
     ) -> None:
         super().__init__(d_model, n_features)
         k_aux = k_aux if k_aux is not None else max(1, d_model // 2)
-        require_positive(k_aux=k_aux, dead_after_tokens=dead_after_tokens)
+        require_positive(k_aux=k_aux, aux_every=aux_every, dead_after_tokens=dead_after_tokens)
         require_not_negative(aux_coefficient=aux_coefficient)
         require_share(dying_below=dying_below)
         require_choice(importance=importance, of=get_args(Importance))
@@ -105,6 +106,7 @@ class SparseAutoencoder(Dictionary, ABC):
         self.aux_coefficient = aux_coefficient
         self.dying_below = dying_below
         self.k_aux = k_aux
+        self.aux_every = aux_every
         self.dead_after_tokens = dead_after_tokens
         self.importance = importance
         self._optimizer = optimizer
@@ -144,6 +146,7 @@ class SparseAutoencoder(Dictionary, ABC):
             return {}
         dead, deficit = self.dead_features_mask(), self.deficit()
         dying = ~dead & (deficit > 1 - self.dying_below)
+        scaled, error = scaled[:: self.aux_every], error[:: self.aux_every]
         loss = aux_zipf_loss(
             error,
             self._modelled_by(dead, dead.float(), scaled, self.k_aux),

@@ -61,6 +61,7 @@ TRIED: dict[str, tuple[str, dict[str, Any]]] = {  # for one k only
     "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"}),
     "mutual by token_norm": ("mutual_choice", TOKEN_NORM | NO_AUX),
     "mutual, aux_zipf below half": ("mutual_choice", AFFINITY | {"dying_below": 0.5}),
+    "mutual by token_norm, aux_zipf every 8": ("mutual_choice", TOKEN_NORM | {"aux_every": 8}),
 }
 
 

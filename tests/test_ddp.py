@@ -36,6 +36,9 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "mutual, helping dead and dying": lambda: MutualChoiceSAE(
         8, 48, 3, dead_after_tokens=2 * TOKENS
     ),
+    "mutual, helping them by some tokens": lambda: MutualChoiceSAE(
+        8, 48, 3, dead_after_tokens=2 * TOKENS, aux_every=4
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.matches import Matches, Pairs, join
+from lightning_sae.allocation.matches import Found, Matches
 from lightning_sae.allocation.ranking import among_largest
 from lightning_sae.allocation.scores import Scores
 
@@ -24,20 +24,19 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
         searched = scores.search.of_batch(budget, guess)
         if searched is not None:
             return searched
-    found: list[Pairs] = []
-    held = 0
+    found = Found(scores.shape, 2 * budget, scores.device)
     bound = torch.tensor(guess or 0.0, device=scores.device)
     for start, tile in scores.feature_tiles():
         if guess is None:
             bound = bound.maximum(tile.bound(budget)) if budget else bound
         feature, token, score = tile.above(bound)
-        found.append((token, feature + start, score))
-        held += len(score)
-        if held > 2 * budget:
-            kept = largest_of(join(found, scores.shape, scores.device), budget)
-            found, held = [(kept.token, kept.feature, kept.value)], budget
+        found.add(token, feature + start, score)
+        if len(found) > 2 * budget:
+            kept = largest_of(found.pairs(), budget)
+            found.clear()
+            found.add(kept.token, kept.feature, kept.value)
             bound = kept.value.min() if budget else bound
-    return scores.collect(join(found, scores.shape, scores.device))
+    return scores.collect(found.pairs())
 
 
 def largest_of(pairs: Matches, count: int) -> Matches:
@@ -75,13 +74,13 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
         searched = scores.search.of_tokens(count)
         if searched is not None:
             return searched
-    found = []
+    found = Found(scores.shape, len(scores) * count, scores.device)
     for start, tile in scores.token_tiles():
         most = min(count, tile.rows.shape[1])
         counts = torch.full((len(tile.rows),), most, device=scores.device)
         token, feature, score = tile.largest(counts)
-        found.append((token + start, feature, score))
-    pairs = scores.collect_by_token(join(found, scores.shape, scores.device))
+        found.add(token + start, feature, score)
+    pairs = scores.collect_by_token(found.pairs())
     if scores.share.mesh is None:
         return pairs
     counts = pairs.token.new_full((len(scores),), count)
@@ -103,8 +102,8 @@ def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
         if searched is not None:
             pairs, scores.passing = searched
             return pairs
-    found = []
+    found = Found(scores.shape, int(budgets.sum()), scores.device)
     for start, tile in scores.feature_tiles():
         feature, token, score = tile.largest(budgets[start : start + len(tile.rows)])
-        found.append((token, feature + start, score))
-    return scores.collect(join(found, scores.shape, scores.device)).sort()
+        found.add(token, feature + start, score)
+    return scores.collect(found.pairs()).sort()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.matches import Matches, join
+from lightning_sae.allocation.matches import Found, Matches
 from lightning_sae.allocation.search import Search
 from lightning_sae.allocation.tile import Tile, strictly
 from lightning_sae.sharding import Share
@@ -82,12 +82,12 @@ class Scores(ABC):
         thresholds = thresholds.to(self.device).expand(self.shape[1])
         if self.search is not None:
             return self.search.above(thresholds).sort()
-        found = []
+        found = Found(self.shape, len(self), self.device)  # a feature a token, or more
         for start, tile in self.feature_tiles():
             bounds = strictly(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))
             feature, token, score = tile.above(bounds)
-            found.append((token, feature + start, score))
-        return self.collect(join(found, self.shape, self.device)).sort()
+            found.add(token, feature + start, score)
+        return self.collect(found.pairs()).sort()
 
     def collect(self, found: Matches) -> Matches:
         """Return what all processes found among their features, each sorted by feature.
@@ -119,15 +119,17 @@ class Scores(ABC):
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
-        counts = []
-        first, features = self.share.here.start, self.share.here.stop - self.share.here.start
-        for place, tile in self._tiles(features, self.shape[0], self.of_features):
-            start = first + place
+        here = self.share.here
+        # Made first: small tensors made between tiles would take the places of freed large ones.
+        passing = torch.zeros(here.stop - here.start, dtype=torch.int64, device=self.device)
+        for place, tile in self._tiles(len(passing), self.shape[0], self.of_features):
+            end = place + len(tile.rows)
             if self.thresholds is not None:
-                counts.append(tile.count_above(self.thresholds[start : start + len(tile.rows)]))
-            yield start, tile
+                thresholds = self.thresholds[here.start + place : here.start + end]
+                passing[place:end] = tile.count_above(thresholds)
+            yield here.start + place, tile
         if self.thresholds is not None:
-            self.passing = self.share.everyones(torch.cat(counts))
+            self.passing = self.share.everyones(passing)
 
     def token_tiles(self) -> Iterator[tuple[int, Tile]]:
         """Yield tiles whose rows are tokens, each with the number of its first token.

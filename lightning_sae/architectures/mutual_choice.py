@@ -29,6 +29,7 @@ class MutualChoiceSAE(ThresholdSAE):
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
         k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
             Default: d_model / 2.
+        aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has
@@ -50,6 +51,7 @@ class MutualChoiceSAE(ThresholdSAE):
         aux_coefficient: float = 1 / 32,
         dying_below: float = 0.75,
         k_aux: int | None = None,
+        aux_every: int = 1,
         dead_after_tokens: int = 10_000_000,
         importance: Importance = "affinity",
         scope: Scope = "global",
@@ -62,6 +64,7 @@ class MutualChoiceSAE(ThresholdSAE):
             aux_coefficient=aux_coefficient,
             dying_below=dying_below,
             k_aux=k_aux,
+            aux_every=aux_every,
             dead_after_tokens=dead_after_tokens,
             importance=importance,
             optimizer=optimizer,

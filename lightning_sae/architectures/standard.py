@@ -38,6 +38,7 @@ class StandardSAE(SparseAutoencoder):
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
         k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
             Default: d_model / 2.
+        aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
         dead_after_tokens: Tokens without a match after which a feature counts as dead. Bricken et
             al.: 12,500 steps of 8,192 tokens.
         optimizer: Makes the optimizer from the parameters.
@@ -58,6 +59,7 @@ class StandardSAE(SparseAutoencoder):
         aux_coefficient: float = 0.0,
         dying_below: float = 0.0,
         k_aux: int | None = None,
+        aux_every: int = 1,
         dead_after_tokens: int = 102_400_000,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -69,6 +71,7 @@ class StandardSAE(SparseAutoencoder):
             aux_coefficient=aux_coefficient,
             dying_below=dying_below,
             k_aux=k_aux,
+            aux_every=aux_every,
             dead_after_tokens=dead_after_tokens,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,

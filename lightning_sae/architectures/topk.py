@@ -32,6 +32,7 @@ class TopKSAE(SparseAutoencoder):
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
         k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
             Default: d_model / 2.
+        aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
         multi_k_coefficient: Weight of a second reconstruction, with `multi_k` matches per token.
         multi_k: Matches per token in it, 1 to n_features. Default: 4 k. They do not count as
             firing.
@@ -54,6 +55,7 @@ class TopKSAE(SparseAutoencoder):
         aux_coefficient: float = 1 / 32,
         dying_below: float = 0.0,
         k_aux: int | None = None,
+        aux_every: int = 1,
         multi_k_coefficient: float = 0.0,
         multi_k: int | None = None,
         dead_after_tokens: int = 10_000_000,
@@ -67,6 +69,7 @@ class TopKSAE(SparseAutoencoder):
             aux_coefficient=aux_coefficient,
             dying_below=dying_below,
             k_aux=k_aux,
+            aux_every=aux_every,
             dead_after_tokens=dead_after_tokens,
             importance=importance,
             optimizer=optimizer,

@@ -14,14 +14,14 @@ ARCHITECTURES = {
 CLIP = 1.0  # gradient_clip_val of the shipped configurations
 
 
-def build(architecture: str, size: Size, *, chunked: bool = False, aux: bool = False) -> Any:
+def build(architecture: str, size: Size, *, chunked: bool = False, **options: Any) -> Any:
     """Return an SAE of ours with a fused Adam, or with one that steps in chunks."""
     import torch
 
     import lightning_sae
 
     adam = lightning_sae.ChunkedAdam if chunked else partial(torch.optim.Adam, fused=True)
-    options: dict[str, Any] = {"aux_coefficient": 1 / 32 if aux else 0.0}
+    options = {"aux_coefficient": 0.0} | options
     if architecture == "FeatureChoiceSAE":
         # Features choose from the start, by a law that is given: the second phase of a run.
         options |= {"mutual_choice_for": 0, "zipf_exponent": 1.0}
@@ -36,7 +36,9 @@ def build(architecture: str, size: Size, *, chunked: bool = False, aux: bool = F
     )
 
 
-def fit(feed: Feed, architecture: str, chunked: bool = False, dead: float = 0.0) -> None:
+def fit(
+    feed: Feed, architecture: str, chunked: bool = False, dead: float = 0.0, aux_every: int = 1
+) -> None:
     """Train in a Trainer set up as in the shipped configurations, validation left out.
 
     Args:
@@ -44,6 +46,7 @@ def fit(feed: Feed, architecture: str, chunked: bool = False, dead: float = 0.0)
         architecture: Name of the class.
         chunked: Whether `ChunkedAdam` steps, which needs no gradient as large as the weights.
         dead: Share of the features that the auxiliary loss takes for dead; 0 leaves it out.
+        aux_every: It is computed on one token in so many.
     """
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -51,7 +54,8 @@ def fit(feed: Feed, architecture: str, chunked: bool = False, dead: float = 0.0)
     import lightning_sae  # noqa: F401  # imported before memory is measured
 
     feed.imported()
-    sae = build(architecture, feed.size, chunked=chunked, aux=dead > 0)
+    aux = {"aux_coefficient": 1 / 32, "aux_every": aux_every} if dead else {}
+    sae = build(architecture, feed.size, chunked=chunked, **aux)
     if dead:
         feed.before_step = partial(_declare_dead, sae, dead)
     with tempfile.TemporaryDirectory() as folder:

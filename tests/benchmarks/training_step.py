@@ -28,6 +28,7 @@ import argparse
 import functools
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tests.benchmarks import machine, ours, peers, report
@@ -42,9 +43,11 @@ SIZES = [
 QUICK = [Size(256, 64, 512, 8)]
 DEAD = 0.3
 """Share of features taken for dead with `--aux`."""
+EVERY = 8
+"""With `--aux`, ours also have the loss on one token in so many."""
 
 
-def contenders(size: Size, **options: float) -> list[Contender]:
+def contenders(size: Size) -> list[Contender]:
     """Return our training steps, then the peers'."""
     train = {
         **{name: (ours.fit, {"architecture": a}) for name, a in ours.ARCHITECTURES.items()},
@@ -59,7 +62,7 @@ def contenders(size: Size, **options: float) -> list[Contender]:
         },
         **{f"sparsify topk, {o}": (peers.sparsify, {"optimizer": o}) for o in ("signum", "adam")},
     }
-    return [Contender(name, size, f, given | options) for name, (f, given) in train.items()]
+    return [Contender(name, size, f, options) for name, (f, options) in train.items()]
 
 
 def at_once(size: Size) -> list[Contender]:
@@ -80,9 +83,19 @@ def without_trainer(size: Size) -> list[list[Contender]]:
 
 def with_aux(size: Size) -> list[list[Contender]]:
     """Return pairs: a training step without an auxiliary loss, and with one."""
+    everyone = contenders(size)
+    everyone += [
+        replace(
+            each,
+            name=f"{each.name}, aux_every={EVERY}",
+            options=each.options | {"aux_every": EVERY},
+        )
+        for each in everyone
+        if report.is_ours(each.name)
+    ]
     return [
-        [plain, Contender(plain.name + report.AUX, size, plain.train, aux.options)]
-        for plain, aux in zip(contenders(size), contenders(size, dead=DEAD), strict=True)
+        [each, replace(each, name=each.name + report.AUX, options=each.options | {"dead": DEAD})]
+        for each in everyone
     ]
 
 

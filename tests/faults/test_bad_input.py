@@ -47,6 +47,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("model.d_model", 99, "model.d_model=99: leave it out"),
     ("model.init_args.d_model", 99, "model.d_model=99: leave it out"),
     ("model.k_aux", 0, "k_aux=0"),
+    ("model.aux_every", 0, "aux_every=0"),
     ("model.aux_coefficient", -1, "aux_coefficient=-1"),
     ("model.aux_coefficient", "nan", "\"aux_coefficient\": Expected a <class 'float'>"),
     ("model.dead_after_tokens", 0, "dead_after_tokens=0"),
