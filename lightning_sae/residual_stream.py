@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["ResidualStream", "check_layer"]
+
+_HOOKED = RLock()
+"""Held while a model has a hook, which the forward passes of all threads run into."""
 
 
 class _LayerReached(Exception):  # noqa: N818  (a signal that ends a forward pass, not an error)
@@ -114,13 +118,14 @@ class ResidualStream:
     ) -> Any:
         reads_text = self.model.main_input_name == "input_ids"
         options = {"attention_mask": attention_mask, "use_cache": False} if reads_text else {}
-        handle = self._block.register_forward_hook(hook)
-        try:
-            # The model's dtype says how it computes, whatever autocast the caller is in.
-            with torch.autocast(self.device.type, enabled=False):
-                return self.model(input_ids, return_dict=True, **options)
-        finally:
-            handle.remove()
+        with _HOOKED:
+            handle = self._block.register_forward_hook(hook)
+            try:
+                # The model's dtype says how it computes, whatever autocast the caller is in.
+                with torch.autocast(self.device.type, enabled=False):
+                    return self.model(input_ids, return_dict=True, **options)
+            finally:
+                handle.remove()
 
 
 def check_layer(config: PretrainedConfig, layer: int) -> None:

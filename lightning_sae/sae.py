@@ -163,11 +163,12 @@ class SparseAutoencoder(Dictionary, ABC):
             return None
         with torch.no_grad():
             share, own = self.share.among(features)
-            weight, bias = (each[own] for each in self._encoder())
+            weight, bias = (each[own] for each in self._encoder())  # copies
             factor = weights[features].to(bias)
             here = factor[share.here]
+            weight.mul_(here.unsqueeze(1))
             centred = scaled - wide(self.b_dec)
-            scores = EncoderScores(centred, weight * here.unsqueeze(1), bias * here, share=share)
+            scores = EncoderScores(centred, weight, bias * here, share=share)
             chosen = token_choice(scores, min(k, len(features)))
             chosen = Matches(
                 chosen.token,

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -195,6 +197,19 @@ def test_hooks_never_stay(model, input_ids):
         stream.read(input_ids + 50)
     assert all(not module._forward_hooks for module in blocks(model))
     assert model(input_ids).logits.shape == (2, 7, 50)
+
+
+def test_threads_do_not_meet_each_others_hooks(model, input_ids):
+    stream = ResidualStream(model, 1)
+    states, logits = stream.read(input_ids), stream.replace(input_ids, lambda x: 0 * x)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: [stream.read(input_ids) for _ in range(200)])
+        replaced = []
+        while not reading.done():
+            replaced.append(stream.replace(input_ids, lambda x: 0 * x))
+    assert all(torch.equal(found, states) for found in reading.result())
+    assert replaced
+    assert all(torch.equal(found, logits) for found in replaced)
 
 
 def test_properties(model):

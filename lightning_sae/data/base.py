@@ -37,7 +37,8 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
     Args:
         model: What is read.
         batch_size: Tokens of a training batch, over all devices.
-        batches_per_block: Batches whose tokens are shuffled together, and held in memory.
+        batches_per_block: Batches whose tokens are shuffled together. Twice as many are in memory:
+            the next ones are read while these are trained on.
         lm_batch_size: Inputs of one forward pass of the model.
         cache_dir: Folder to keep activations in. None: keep none.
         seed: Seed of every choice and shuffle.
@@ -108,6 +109,7 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
             seed=self.seed,
             source=str(self._model),
             start=self._start,
+            ahead=not self._default_dtype_changes,
         )
 
     def val_dataloader(self) -> HeldOutBatches:
@@ -166,6 +168,13 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
     @property
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    @property
+    def _default_dtype_changes(self) -> bool:
+        # In a step of "bf16-true", say, Lightning makes it bfloat16, in all threads: what a model
+        # computes that is read meanwhile could depend on when that is.
+        precision = "32-true" if self.trainer is None else str(self.trainer.precision)
+        return precision.endswith("-true") and precision != "32-true"
 
     def _start(self) -> Cursor:
         # `Trainer(overfit_batches=n)` wants the same n batches in each epoch.

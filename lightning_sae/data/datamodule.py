@@ -55,7 +55,8 @@ class ActivationDataModule(FrozenModelDataModule):
             and shuffling all of it first. Resuming then reads again what came before.
         context_length: Tokens the language model sees at once.
         batch_size: Tokens of a training batch, over all devices.
-        batches_per_block: Batches whose tokens are shuffled together, and held in memory.
+        batches_per_block: Batches whose tokens are shuffled together. Twice as many are in memory:
+            the next ones are read while these are trained on.
         lm_batch_size: Contexts of one forward pass of the language model.
         lm_dtype: What the language model computes in.
         validation_tokens: Tokens of held-out text to validate on, in whole contexts.

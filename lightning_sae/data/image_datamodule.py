@@ -49,7 +49,8 @@ class ImageActivationDataModule(FrozenModelDataModule):
         held_out_images: Images to hold out of the training split, at random, where nothing else is
             there to validate on.
         batch_size: Tokens of a training batch, over all devices.
-        batches_per_block: Batches whose tokens are shuffled together, and held in memory.
+        batches_per_block: Batches whose tokens are shuffled together. Twice as many are in memory:
+            the next ones are read while these are trained on.
         model_batch_size: Images of one forward pass of the model.
         model_dtype: What the model computes in.
         validation_tokens: Tokens of held-out images to validate on, in whole images.

@@ -6,13 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict, cast
+from threading import Event
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_sae.data.ahead import read_ahead
 from lightning_sae.data.modality import TEXT, Modality
 from lightning_sae.distributed import processes, rank, world_size
 
@@ -51,14 +53,23 @@ class HeldOutBatch(TypedDict):
     image_numbers: NotRequired[Tensor]
 
 
+class _Block(NamedTuple):
+    """Inputs to read, which of their positions to keep, and those in the order to train on."""
+
+    number: int
+    inputs: Tensor
+    kept: Tensor  # (inputs, length)
+    order: Tensor  # (tokens)
+
+
 @dataclass(frozen=True)
 class ActivationStream:
     """Endless shuffled activations: each batch is a function of the seed and its cursor alone.
 
-    A block of inputs is read, its kept tokens are shuffled by (seed, block), and cut into
-    batches; what is left below one batch is dropped. Ranks share the reading and then the
-    batches, so the tokens of a batch over all ranks, and their order, do not depend on the
-    number of ranks.
+    A block of inputs is read, while the one before is trained on, its kept tokens are shuffled by
+    (seed, block), and cut into batches; what is left below one batch is dropped. Ranks share the
+    reading and then the batches, so the tokens of a batch over all ranks, and their order, do not
+    depend on the number of ranks.
 
     Args:
         blocks: Returns the blocks of inputs from the given one on.
@@ -69,6 +80,7 @@ class ActivationStream:
         seed: Seed of the shuffle.
         source: What is read, for error messages.
         start: Returns the cursor to start at; asked at each `iter()`.
+        ahead: Whether a thread reads a block while the one before is in use.
     """
 
     blocks: Callable[[int], Iterator[Tensor]]
@@ -79,6 +91,7 @@ class ActivationStream:
     seed: int
     source: str
     start: Callable[[], Cursor]
+    ahead: bool = True
 
     def __iter__(self) -> Iterator[TrainBatch]:
         """Yields this rank's share of every batch from the cursor on.
@@ -88,22 +101,55 @@ class ActivationStream:
         """
         share = self.batch_size // world_size()
         start, first = self.start()
-        for block, inputs in enumerate(self.blocks(start), start=start):
-            kept = self.kept(inputs)
-            order = self._order(block, kept)  # (tokens)
-            activations = _read_together(self.read, inputs, self.lm_batch_size)
-            _check_finite(activations, kept, f"{self.source}, block {block}")
+        blocks = self._blocks(start)
+        in_turn = ((block, self._read_share(block, Event())) for block in blocks)
+        for block, mine in read_ahead(blocks, self._read_share) if self.ahead else in_turn:
+            activations = _gather(mine)[: len(block.inputs)]
+            _check_finite(activations, block.kept, f"{self.source}, block {block.number}")
             activations = activations.flatten(0, 1)  # (inputs * length, d_model)
-            order = order.to(activations.device)
+            order = block.order.to(activations.device)
             batches = len(order) // self.batch_size
             for batch in range(first, batches):
                 begin = batch * self.batch_size + rank() * share
+                following = (block.number, batch + 1)
                 yield {
                     "activations": activations[order[begin : begin + share]].float(),
-                    "cursor": (block, batch + 1) if batch + 1 < batches else (block + 1, 0),
+                    "cursor": following if batch + 1 < batches else (block.number + 1, 0),
                 }
             first = 0
-            del activations  # before the next block takes the same memory
+            del mine, activations  # before the block after next takes the same memory
+
+    def _blocks(self, start: int) -> Iterator[_Block]:
+        for number, inputs in enumerate(self.blocks(start), start=start):
+            kept = self.kept(inputs)
+            yield _Block(number, inputs, kept, self._order(number, kept))
+
+    def _read_share(self, block: _Block, closing: Event) -> Tensor:
+        """Reads this process's share of a block's LM batches, an equal number in each process.
+
+        The LM batches are the same for any number of processes, and so the activations, bit for
+        bit.
+
+        Args:
+            block: The same in every process.
+            closing: Once set, nobody wants the rest.
+
+        Returns:
+            Activations, (LM batches of a process * lm_batch_size, length, d_model).
+        """
+        process, count = processes()
+        parts = block.inputs.split(self.lm_batch_size)
+        share = math.ceil(len(parts) / count)
+        # A process beyond the last part reads that one again: the collective needs equal shapes.
+        places = range(process * share, (process + 1) * share)
+        states = (self.read(parts[min(place, len(parts) - 1)]) for place in places)
+        first = next(states)
+        mine = first.new_empty(share * self.lm_batch_size, *first.shape[1:])
+        for i, part in enumerate(itertools.chain([first], states)):
+            mine[i * self.lm_batch_size :][: len(part)] = part
+            if closing.is_set():
+                break
+        return mine
 
     def _order(self, block: int, kept: Tensor) -> Tensor:
         tokens = kept.flatten().nonzero().squeeze(1)
@@ -173,31 +219,11 @@ def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
         raise ValueError(f"{where}: the activations have NaN or Inf")
 
 
-def _read_together(read: Read, inputs: Tensor, lm_batch_size: int) -> Tensor:
-    """Reads a block's LM batches, each process an equal share, and gathers them on every one.
-
-    The LM batches are the same for any number of processes, and so the activations, bit for bit.
-
-    Args:
-        read: Reads activations in this process.
-        inputs: Inputs of the block, the same in every process.
-        lm_batch_size: Inputs to read at once.
-
-    Returns:
-        The block's activations, (inputs, length, d_model).
-    """
-    process, count = processes()
-    parts = inputs.split(lm_batch_size)
-    share = math.ceil(len(parts) / count)
-    # A process beyond the last part reads that one again: the collective needs equal shapes.
-    places = range(process * share, (process + 1) * share)
-    states = (read(parts[min(place, len(parts) - 1)]) for place in places)
-    first = next(states)
-    mine = first.new_empty(share * lm_batch_size, *first.shape[1:])
-    for i, part in enumerate(itertools.chain([first], states)):
-        mine[i * lm_batch_size :][: len(part)] = part
-    if count > 1:
-        gathered = mine.new_empty(count * len(mine), *mine.shape[1:])
-        dist.all_gather(list(gathered.chunk(count)), mine)
-        mine = gathered
-    return mine[: len(inputs)]
+def _gather(mine: Tensor) -> Tensor:
+    """Returns what all processes have read, one after another."""
+    _, count = processes()
+    if count == 1:
+        return mine
+    gathered = mine.new_empty(count * len(mine), *mine.shape[1:])
+    dist.all_gather(list(gathered.chunk(count)), mine)
+    return gathered

@@ -52,6 +52,14 @@ def test_every_kept_token_is_trained_on_once_an_epoch(make, model_folder):
     assert match.tolist() != sorted(match.tolist())
 
 
+@pytest.mark.parametrize(("precision", "ahead"), [("bf16-mixed", True), ("bf16-true", False)])
+def test_nothing_is_read_while_the_default_dtype_may_change(make, tmp_path, precision, ahead):
+    datamodule = make()
+    assert datamodule.train_dataloader().ahead
+    datamodule.trainer = trainer(tmp_path, precision=precision)
+    assert datamodule.train_dataloader().ahead is ahead
+
+
 def test_held_out_batches_are_those_of_the_model(make, model_folder):
     datamodule = make()
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
