@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import RLock
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["ResidualStream", "check_layer"]
-
-_HOOKED = RLock()
-"""Held while a model has a hook, which the forward passes of all threads run into."""
 
 
 class _LayerReached(Exception):  # noqa: N818  (a signal that ends a forward pass, not an error)
@@ -118,14 +115,19 @@ class ResidualStream:
     ) -> Any:
         reads_text = self.model.main_input_name == "input_ids"
         options = {"attention_mask": attention_mask, "use_cache": False} if reads_text else {}
-        with _HOOKED:
-            handle = self._block.register_forward_hook(hook)
-            try:
-                # The model's dtype says how it computes, whatever autocast the caller is in.
-                with torch.autocast(self.device.type, enabled=False):
-                    return self.model(input_ids, return_dict=True, **options)
-            finally:
-                handle.remove()
+        thread = get_ident()
+
+        def in_this_thread(*seen: Any) -> Any:
+            # Activations may be read ahead while the same model does something else.
+            return hook(*seen) if get_ident() == thread else None
+
+        handle = self._block.register_forward_hook(in_this_thread)
+        try:
+            # The model's dtype says how it computes, whatever autocast the caller is in.
+            with torch.autocast(self.device.type, enabled=False):
+                return self.model(input_ids, return_dict=True, **options)
+        finally:
+            handle.remove()
 
 
 def check_layer(config: PretrainedConfig, layer: int) -> None:

@@ -324,7 +324,8 @@ class SparseAutoencoder(Dictionary, ABC):
         self.tokens_since_fired.masked_fill_(fires > 0, 0)
         # The mean over all tokens until there are dead_after_tokens of them, then a running one.
         window = self.tokens_seen.clamp(max=self.dead_after_tokens).maximum(tokens)
-        self.density.lerp_((fires / tokens).float(), (tokens / window).float())
+        # Quotients of integers would have the default dtype, which may have 16 bits.
+        self.density.lerp_(fires.float() / tokens, tokens.float() / window)
         self.observe(scores, chosen)
 
     @torch.no_grad()

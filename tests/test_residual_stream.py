@@ -202,14 +202,16 @@ def test_hooks_never_stay(model, input_ids):
 def test_threads_do_not_meet_each_others_hooks(model, input_ids):
     stream = ResidualStream(model, 1)
     states, logits = stream.read(input_ids), stream.replace(input_ids, lambda x: 0 * x)
+    clean = model(input_ids).logits
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(lambda: [stream.read(input_ids) for _ in range(200)])
-        replaced = []
+        replaced, run = [], []
         while not reading.done():
             replaced.append(stream.replace(input_ids, lambda x: 0 * x))
-    assert all(torch.equal(found, states) for found in reading.result())
-    assert replaced
-    assert all(torch.equal(found, logits) for found in replaced)
+            run.append(model(input_ids).logits)
+    for found, expected in ((reading.result(), states), (replaced, logits), (run, clean)):
+        assert found
+        assert all(torch.equal(each, expected) for each in found)
 
 
 def test_properties(model):

@@ -414,6 +414,14 @@ def test_every_importance_ranks_and_the_codes_stay_affinities(make, importance):
         torch.testing.assert_close(codes[codes > 0], affinities[codes > 0])
 
 
+@pytest.fixture
+def default_bfloat16():
+    """As in a step of "bf16-true"."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def test_density_is_the_mean_until_the_window_is_full_and_then_follows():
     sae = TopKSAE(D_MODEL, N_FEATURES, K, dead_after_tokens=3 * 64)
     counts = []
@@ -429,6 +437,14 @@ def test_density_is_the_mean_until_the_window_is_full_and_then_follows():
     sae.loss(x)
     torch.testing.assert_close(sae.density, before + (now - before) / 3)
     assert sae.density.sum() == pytest.approx(K, rel=0.05)
+
+
+def test_density_has_32_bits_also_where_16_are_the_default(default_bfloat16):
+    sae = TopKSAE(D_MODEL, N_FEATURES, K).float()
+    x = activations(300).float()
+    sae.loss(x)
+    fires = sae.match(x).per_feature()
+    assert torch.equal(sae.density, fires.float() / torch.tensor(300.0, dtype=torch.float32))
 
 
 @every_architecture

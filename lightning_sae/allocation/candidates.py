@@ -102,7 +102,7 @@ def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
         if searched is not None:
             pairs, scores.passing = searched
             return pairs
-    found = Found(scores.shape, int(budgets.sum()), scores.device)
+    found = Found(scores.shape, int(budgets[scores.share.here].sum()), scores.device)
     for start, tile in scores.feature_tiles():
         feature, token, score = tile.largest(budgets[start : start + len(tile.rows)])
         found.add(token, feature + start, score)

@@ -119,7 +119,7 @@ class Found:
     def add(self, token: Tensor, feature: Tensor, value: Tensor) -> None:
         """Add pairs, shape (pairs,) each, behind those that are there."""
         start, self._count = self._count, self._count + len(token)
-        if self._count > len(self._columns[0]):
+        if self._count > len(self._columns[0]) or value.dtype != self._columns[2].dtype:
             self._room = max(self._room, self._count)
             there = self._columns
             room = (self._room,)

@@ -61,6 +61,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
             Default: d_model / 2.
         aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
+            Tokens should come shuffled.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         scope: Under data parallelism, whether budgets are for all ranks' tokens, or each rank has

@@ -39,6 +39,7 @@ class StandardSAE(SparseAutoencoder):
         k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
             Default: d_model / 2.
         aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
+            Tokens should come shuffled.
         dead_after_tokens: Tokens without a match after which a feature counts as dead. Bricken et
             al.: 12,500 steps of 8,192 tokens.
         optimizer: Makes the optimizer from the parameters.

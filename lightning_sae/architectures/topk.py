@@ -33,6 +33,7 @@ class TopKSAE(SparseAutoencoder):
         k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
             Default: d_model / 2.
         aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
+            Tokens should come shuffled.
         multi_k_coefficient: Weight of a second reconstruction, with `multi_k` matches per token.
         multi_k: Matches per token in it, 1 to n_features. Default: 4 k. They do not count as
             firing.

@@ -18,7 +18,8 @@ def read_ahead(
 ) -> Iterator[tuple[Item, Tensor]]:
     """Yields each item with what is read of it, while a thread reads the next one, and no more.
 
-    The thread is gone when the iterator is closed, as soon as a reading that was begun has ended.
+    The thread is gone when the iterator is closed, as soon as a reading that was begun has ended. A
+    program that ends with an open iterator waits for all of it.
 
     Args:
         items: Asked for the next one when the one before is due, in the caller's thread.
@@ -29,9 +30,13 @@ def read_ahead(
     """
     closing = Event()
     threads = torch.get_num_threads()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def reading(item: Item) -> tuple[Item, Tensor]:
-        torch.set_num_threads(threads)  # what is read must not depend on who reads it
+        # What is read must not depend on who reads it, and a thread begins with its own defaults.
+        torch.set_num_threads(threads)
+        if device is not None:
+            torch.cuda.set_device(device)
         return item, read(item, closing)
 
     def begin() -> Future[tuple[Item, Tensor]] | None:

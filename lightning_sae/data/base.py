@@ -109,7 +109,7 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
             seed=self.seed,
             source=str(self._model),
             start=self._start,
-            ahead=not self._default_dtype_changes,
+            ahead=self._may_read_ahead,
         )
 
     def val_dataloader(self) -> HeldOutBatches:
@@ -170,11 +170,12 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     @property
-    def _default_dtype_changes(self) -> bool:
-        # In a step of "bf16-true", say, Lightning makes it bfloat16, in all threads: what a model
-        # computes that is read meanwhile could depend on when that is.
-        precision = "32-true" if self.trainer is None else str(self.trainer.precision)
-        return precision.endswith("-true") and precision != "32-true"
+    def _may_read_ahead(self) -> bool:
+        # The default dtype is that of all threads. In a step of "bf16-true", say, it is bfloat16,
+        # and while a bfloat16 model is loaded, which with a cache may be at any time.
+        precision = "32-true" if self.trainer is None else self.trainer.precision
+        loaded_first = self.cache_dir is None or self._model.dtype == "float32"
+        return loaded_first and precision in ("32-true", "bf16-mixed", "16-mixed")
 
     def _start(self) -> Cursor:
         # `Trainer(overfit_batches=n)` wants the same n batches in each epoch.

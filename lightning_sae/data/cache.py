@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +71,7 @@ class ActivationCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cache_dir: cannot make '{self.folder}': {error.strerror}") from error
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = file.with_suffix(f".{os.getpid()}-{get_ident()}.tmp")
         try:
             save_file({"activations": activations.cpu().contiguous()}, temporary)
             temporary.replace(file)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Dtype", "FrozenModel"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+_LOADING = Lock()
+"""Held while a model is loaded: transformers changes what all threads see, and puts it back."""
 
 
 class FrozenModel(ABC):
@@ -77,7 +81,7 @@ class FrozenModel(ABC):
         """
         # Weights made or moved in inference mode, which `Trainer.test` runs in, could not be
         # differentiated through in a later `fit`.
-        with torch.inference_mode(mode=False):
+        with _LOADING, torch.inference_mode(mode=False):
             if self._stream is None:
                 model = self._load().eval().requires_grad_(requires_grad=False)
                 self._stream = ResidualStream(model, self.layer)

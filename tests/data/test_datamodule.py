@@ -1,5 +1,7 @@
 import itertools
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
@@ -52,12 +54,39 @@ def test_every_kept_token_is_trained_on_once_an_epoch(make, model_folder):
     assert match.tolist() != sorted(match.tolist())
 
 
-@pytest.mark.parametrize(("precision", "ahead"), [("bf16-mixed", True), ("bf16-true", False)])
-def test_nothing_is_read_while_the_default_dtype_may_change(make, tmp_path, precision, ahead):
-    datamodule = make()
-    assert datamodule.train_dataloader().ahead
+@pytest.mark.parametrize(
+    ("precision", "changed", "ahead"),
+    [
+        ("32-true", {}, True),
+        ("bf16-mixed", {}, True),
+        ("bf16-true", {}, False),
+        ("64-true", {}, False),
+        ("32-true", {"lm_dtype": "bfloat16"}, True),  # the first block waits for the model
+        ("32-true", {"cache_dir": "cache"}, True),
+        ("32-true", {"lm_dtype": "bfloat16", "cache_dir": "cache"}, False),
+    ],
+)
+def test_nothing_is_read_while_the_default_dtype_may_change(
+    make, tmp_path, monkeypatch, precision, changed, ahead
+):
+    monkeypatch.chdir(tmp_path)
+    datamodule = make(**changed)
     datamodule.trainer = trainer(tmp_path, precision=precision)
     assert datamodule.train_dataloader().ahead is ahead
+    assert len(take(datamodule, 1)) == 1
+
+
+def test_threads_load_the_model_once(make, monkeypatch):
+    """Transformers changes what all threads see while it loads one."""
+    datamodule = make()
+    model, loaded = datamodule._model, []
+    load = model._load
+    monkeypatch.setattr(model, "_load", lambda: loaded.append(time.sleep(0.2)) or load())
+    with ThreadPoolExecutor(2) as pool:
+        cpu = torch.device("cpu")
+        streams = [pool.submit(model.residual_stream, cpu) for _ in range(2)]
+    assert streams[0].result() is streams[1].result()
+    assert len(loaded) == 1
 
 
 def test_held_out_batches_are_those_of_the_model(make, model_folder):

@@ -1,0 +1,57 @@
+"""Pairs that are collected from tiles."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_sae.allocation import Matches, Scores, TensorScores
+from lightning_sae.allocation.candidates import (
+    candidates_of_batch,
+    candidates_of_features,
+    candidates_of_tokens,
+)
+from lightning_sae.allocation.matches import Found
+
+
+@given(lots=st.lists(st.integers(0, 9), max_size=12), room=st.integers(0, 20))
+def test_pairs_come_out_as_they_went_in_however_many(lots: list[int], room: int):
+    found = Found((100, 100), room, torch.device("cpu"))
+    for _ in range(2):
+        pairs = torch.arange(3 * sum(lots)).view(3, -1)
+        for lot in pairs.split(lots, dim=1) if lots else ():
+            token, feature, value = lot
+            found.add(token, feature, value.double())
+        assert len(found) == sum(lots)
+        kept = found.pairs()
+        for column, expected in zip((kept.token, kept.feature, kept.value), pairs, strict=True):
+            assert torch.equal(column.long(), expected)
+        assert kept.value.dtype == (torch.float64 if lots else torch.float32)
+        found.clear()
+
+
+CHOICES: dict[str, Callable[[Scores], Matches]] = {
+    "batch": lambda scores: candidates_of_batch(scores, 3),
+    "tokens": lambda scores: candidates_of_tokens(scores, 1),
+    "features": lambda scores: candidates_of_features(scores, torch.zeros(5).long()),
+    "above": lambda scores: scores.above(torch.tensor(0.5)),
+}
+
+
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("tokens", [torch.zeros(4, 5), -torch.ones(1, 5)], ids=["four", "one"])
+def test_scores_keep_their_dtype_where_none_is_found(
+    choose: Callable[[Scores], Matches], tokens: Tensor
+):
+    matches = choose(TensorScores(tokens.double()))
+    assert (len(matches), matches.value.dtype) == (0, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["batch", "features", "above"])
+def test_scores_keep_their_dtype_where_there_are_no_tokens(name: str):
+    """Ranks with tokens and without must agree on what they send each other."""
+    matches = CHOICES[name](TensorScores(torch.zeros(0, 5).double()))
+    assert (len(matches), matches.value.dtype) == (0, torch.float64)
