@@ -47,7 +47,8 @@ class StopOnSignal(pl.Callback):
             self._requeue = _handle((REQUEUE,), self._note).get(REQUEUE)
 
     def _note(self, number: int, frame: Any) -> None:
-        self._received = number
+        if self._received not in STOP:
+            self._received = number
 
     def on_train_batch_end(
         self,
@@ -74,12 +75,14 @@ class StopOnSignal(pl.Callback):
             self._act(trainer)
 
     def _act(self, trainer: pl.Trainer) -> None:
-        device = trainer.strategy.root_device
-        number = int(max_over_processes(torch.tensor(self._received, device=device)))
-        self._received = 0 if number == REQUEUE else number
+        device, seen = trainer.strategy.root_device, self._received
+        number = int(max_over_processes(torch.tensor(seen, device=device)))
         if number == REQUEUE and self._requeue:
+            if self._received == seen:  # else one came meanwhile, and waits for the next step
+                self._received = 0
             self._requeue(number, None)
         elif number:  # Lightning raises SIGTERMException once it has logged the step
+            self._received = number
             trainer._signal_connector.received_sigterm = True
 
     def on_exception(

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from lightning_sae import SparseAutoencoder
+from lightning_sae import SparseAutoencoder, signals
 from lightning_sae.cli import main
 from tests.faults.runs import arguments, command, curves, processes, same, state
 
@@ -90,6 +92,23 @@ def test_a_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("sent", [TERM, INT])
+def test_a_signal_while_ranks_ask_each_other_is_not_lost(sent, text, tmp_path, monkeypatch):
+    ask, asked = signals.max_over_processes, []
+
+    def interrupted(told: Tensor) -> Tensor:
+        asked.append(told)
+        if len(asked) == 2:
+            signal.raise_signal(sent[0])
+        return ask(told)
+
+    monkeypatch.setattr(signals, "max_over_processes", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments(data__text=text))
+    assert exit_.value.code == sent[1]
+    assert state(tmp_path / "runs/topk/version_0/checkpoints/last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize("sent", [TERM, INT])
 def test_before_the_first_step_there_is_nothing_to_save(sent, text, tmp_path, monkeypatch):
     signal_in(monkeypatch, "configure_optimizers", 1, sent[0])
     with pytest.raises(SystemExit) as exit_:
@@ -128,7 +147,7 @@ def test_two_tasks_are_queued_again_by_slurm(text, tmp_path, monkeypatch):
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    settings = {"data__text": text, "trainer__accelerator": "cpu", "trainer__max_steps": 60}
+    settings = {"data__text": text, "trainer__accelerator": "cpu", "trainer__max_steps": 400}
     settings |= {"trainer__devices": 2, "trainer__strategy": "ddp"}
     settings |= {"trainer__val_check_interval": 20}
 
@@ -148,18 +167,22 @@ def test_two_tasks_are_queued_again_by_slurm(text, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert [task.wait(300) for task in srun(71, whole)] == [0, 0]
     tasks = srun(72, cut)
-    while not list(cut.rglob("events.out.*")):
-        time.sleep(0.1)
-    time.sleep(3)
+
+    def wait_for(happened: Callable[[], bool]) -> None:
+        while not happened():
+            assert [task.poll() for task in tasks] == [None, None]  # else in vain
+            time.sleep(0.1)
+
+    wait_for(lambda: bool(list(cut.rglob("events.out.*"))))
+    time.sleep(1)
     for task in tasks:
         task.send_signal(signal.SIGUSR1)
-    while not (tmp_path / "asked").exists():
-        time.sleep(0.1)
+    wait_for((tmp_path / "asked").exists)
     for task in tasks:
         task.send_signal(signal.SIGTERM)
     assert [task.wait(60) for task in tasks] == [143, 143]
     assert (tmp_path / "asked").read_text() == "requeue 72\n"
-    assert 0 < state(cut / "hpc_ckpt_1.ckpt")["global_step"] < 60
+    assert 0 < state(cut / "hpc_ckpt_1.ckpt")["global_step"] < 400
     assert [task.wait(300) for task in srun(72, cut)] == [0, 0]  # the same command
     ends = [sorted(folder.rglob("last.ckpt"))[-1] for folder in (whole, cut)]
     assert same(*map(state, ends))
@@ -181,7 +204,10 @@ def test_a_process_of_its_own(devices, sent, text, tmp_path, monkeypatch):
         time.sleep(10)
         process.send_signal(sent[0])
         start = time.monotonic()
-        said = process.communicate(timeout=60)[1]
+        try:
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()  # if it still runs
     assert process.returncode == sent[1], said
     assert time.monotonic() - start < 30
     assert state(tmp_path / "runs/topk/version_0/checkpoints/last.ckpt")["global_step"] > 0
