@@ -11,6 +11,8 @@ from torchmetrics import Metric
 
 from lightning_sae.distributed import rank_group
 
+_PIECE = 1 << 16  # entries divided at a time
+
 
 class TotalsMetric(Metric):
     """A metric whose states are totals over tokens, and whose value depends on nothing else.
@@ -68,11 +70,16 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Divide totals at full width; the result is float32, NaN for 0 / 0.
+    """Divide totals of any shape by one, at full width; the result is float32, NaN for 0 / 0.
 
     Example:
         >>> ratio(torch.tensor([1, 3]), torch.tensor(4))
         tensor([0.2500, 0.7500])
     """
     wide = widest_float(whole.device)
-    return part.to(wide, copy=True).div_(whole.to(wide)).float()  # in place: part may be huge
+    shares = torch.empty(part.shape, dtype=torch.float32, device=part.device)
+    # In pieces: at full width the counts of a large dictionary take as much memory as they are.
+    pieces = part.reshape(-1).split(_PIECE), shares.view(-1).split(_PIECE)
+    for totals, quotients in zip(*pieces, strict=True):
+        torch.div(totals.to(wide), whole.to(wide), out=quotients)
+    return shares

@@ -88,6 +88,12 @@ def test_ratio_does_not_depend_on_the_default_dtype(dtype):
     assert ratio(torch.tensor(0), torch.tensor(0)).isnan()
 
 
+def test_ratio_of_many_totals_is_that_of_each():
+    totals = ODD - torch.arange(400_000).view(2, -1)
+    shares = ratio(totals, torch.tensor(ODD))
+    assert torch.equal(shares, (totals.double() / ODD).float())
+
+
 def test_count_does_not_stop_at_the_limits_of_floats():
     density = FeatureDensity(1).to(torch.bfloat16)
     for _ in range(300):  # bfloat16 counts to 256
