@@ -1,6 +1,7 @@
 """The parameters of every architecture, and the linear maps between activations and codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +14,15 @@ from lightning_sae.checks import require_positive
 from lightning_sae.distributed import sum_over_ranks
 from lightning_sae.metrics.base import widest_float
 from lightning_sae.sharding import Share, distribute, local, share_features
-from lightning_sae.sparse import dot_rows, gradient_parts, matched_affinities, sum_directions
+from lightning_sae.sparse import (
+    GradientCollector,
+    RowGradient,
+    dot_rows,
+    gradient_parts,
+    is_dense,
+    matched_affinities,
+    sum_directions,
+)
 
 
 class Dictionary(pl.LightningModule):
@@ -40,6 +49,7 @@ class Dictionary(pl.LightningModule):
     input_mean: Tensor
     input_scale: Tensor
     initialized: Tensor
+    _collector: GradientCollector | None = None  # in `one_gradient`
 
     def __init__(self, d_model: int, n_features: int) -> None:
         super().__init__()
@@ -157,8 +167,9 @@ class Dictionary(pl.LightningModule):
         """Return matches whose values, chosen without autograd, have the encoder's gradient."""
         with torch.autocast(scaled.device.type, enabled=False):
             x, origin = self.share.fan_out(scaled), self.share.fan_out(wide(self.b_dec))
-            own, parts = self.share.own(matches), gradient_parts(self.encoder.weight)
-            values = matched_affinities(x, origin, *self._encoder(), own, parts)
+            own, bias = self.share.own(matches), wide(self.encoder.bias)
+            weight, parts = self._with_parts(self.encoder.weight, own)
+            values = matched_affinities(x, origin, weight, bias, own, parts)
         return matches.with_values(self.share.put(values, matches))
 
     def sum_directions(self, matches: Matches) -> Tensor:
@@ -168,12 +179,25 @@ class Dictionary(pl.LightningModule):
         in any training loop, and keeps the gradient of each row orthogonal to it.
         """
         with torch.autocast(matches.value.device.type, enabled=False):
-            own, parts = self.share.own(matches), gradient_parts(self.W_dec)
-            return self.share.sum(sum_directions(own, wide(self.W_dec), parts))
+            own = self.share.own(matches)
+            return self.share.sum(sum_directions(own, *self._with_parts(self.W_dec, own)))
 
     def reconstruct(self, matches: Matches) -> Tensor:
         """Return the scaled activations (tokens, d_model) that matches stand for."""
         return self.sum_directions(matches) + wide(self.b_dec)
+
+    @contextmanager
+    def one_gradient(self) -> Iterator[GradientCollector]:
+        """Have all terms computed within make one gradient of each matrix.
+
+        Yields:
+            What to give the loss to, so that its backward pass can begin.
+        """
+        self._collector = GradientCollector(wide)
+        try:
+            yield self._collector
+        finally:
+            self._collector = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, those left in parts for `ChunkedAdam` too."""
@@ -182,6 +206,16 @@ class Dictionary(pl.LightningModule):
             parts = gradient_parts(parameter)
             if parts:
                 parts.clear()
+
+    def _with_parts(
+        self, parameter: Tensor, matches: Matches
+    ) -> tuple[Tensor, list[RowGradient] | None]:
+        """Return the rows here, and where matches may leave the gradient of these in parts."""
+        kept = gradient_parts(parameter)
+        if self._collector is None:
+            return wide(parameter), kept
+        rows, parts = self._collector.collect(parameter)
+        return rows, None if kept is None and is_dense(matches) else parts
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
         return wide(self.encoder.weight), wide(self.encoder.bias)

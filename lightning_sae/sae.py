@@ -288,13 +288,15 @@ class SparseAutoencoder(Dictionary, ABC):
         if self.training and not self.initialized:
             self.initialize(x)
         scaled = self.scaled(x)
-        matches, scores, chosen = self._match(scaled)
-        error = scaled - self.reconstruct(matches)
-        terms = {"reconstruction_loss": reconstruction_loss(error)}
+        with self.one_gradient() as gradients:
+            matches, scores, chosen = self._match(scaled)
+            error = scaled - self.reconstruct(matches)
+            terms = {"reconstruction_loss": reconstruction_loss(error)}
+            if self.training:
+                terms |= self.penalties(scaled, matches, error)
+            loss = gradients.start_backward_at(torch.stack(list(terms.values())).sum())
         if self.training:
-            terms |= self.penalties(scaled, matches, error)
             self._observe(scores, chosen)
-        loss = torch.stack(list(terms.values())).sum()
         stats = {"loss": loss, **terms, **self._batch_statistics(scaled, error, matches)}
         return loss, {name: value.detach() for name, value in stats.items()}
 

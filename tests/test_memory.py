@@ -78,3 +78,16 @@ def test_a_step_holds_neither_all_pairs_nor_a_gradient_of_all_weights(make):
         choosing, rest = step()
         assert choosing < 32 * MIB < ALL_PAIRS  # a tile of 24, and a few times the batch
         assert rest < 6 * MIB < WEIGHTS
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_auxiliary_losses_make_no_gradients_of_their_own(make):
+    torch.manual_seed(0)
+    sae = make(D_MODEL, N_FEATURES, K, dying_below=0.75)
+    x = torch.randn(TOKENS, D_MODEL)
+    sae.loss(x)
+    sae.tokens_since_fired[::3] = sae.dead_after_tokens
+    loss, stats = sae.loss(x)
+    assert stats["aux_zipf_loss"] > 0
+    # Gradients of two matrices, and the tables and matches that they are summed up from.
+    assert held(loss.backward) < 2 * WEIGHTS + 12 * MIB < 3 * WEIGHTS

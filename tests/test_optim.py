@@ -91,8 +91,13 @@ def forgetful(sae: SparseAutoencoder, loss: Tensor) -> None:
     loss.backward()
 
 
+def curious(sae: SparseAutoencoder, loss: Tensor) -> None:
+    torch.autograd.grad(loss, sae.b_dec, retain_graph=True)
+    loss.backward()
+
+
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("backward", [penalised, forgetful])
+@pytest.mark.parametrize("backward", [penalised, forgetful, curious])
 def test_steps_are_those_of_adam_in_other_loops(backward, frozen: bool):
     weights = []
     for kind in (partial(torch.optim.Adam, fused=True), ChunkedAdam):

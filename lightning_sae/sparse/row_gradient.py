@@ -1,9 +1,12 @@
 """The gradient of a matrix with one row a feature, without the memory that it would take."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_sae.allocation import Matches
 from lightning_sae.sparse.rows import sum_segments
@@ -47,6 +50,27 @@ class RowGradient:
         token, feature, order = matches.by_feature
         features = torch.arange(matches.shape[1] + 1, device=feature.device)
         return cls(table, token, weight[order], torch.searchsorted(feature, features), along)
+
+    @classmethod
+    def sum(cls, parts: "list[RowGradient]") -> "RowGradient":
+        """Return the sum of gradients of the same matrix, made orthogonal to the same rows."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = torch.stack([part.starts for part in parts]).sum(0)
+        token, weight = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("token", "weight")
+        )
+        first_row, next_place = 0, starts[:-1]
+        for part in parts:
+            # Of each feature the matches of this part follow on those of the parts before.
+            each, entries = part.starts.diff(), len(part.token)
+            shift = next_place - part.starts[:-1]
+            place = shift.repeat_interleave(each, output_size=entries)
+            place += torch.arange(entries, device=place.device)
+            token[place], weight[place] = part.token + first_row, part.weight
+            first_row, next_place = first_row + len(part.table), next_place + each
+        table = torch.cat([part.table for part in parts])
+        return cls(table, token, weight, starts, parts[0].along)
 
     def dense(self) -> Tensor:
         """Return the whole of it, shape (features, width)."""
@@ -93,6 +117,65 @@ def give_whole(parameter: Tensor) -> None:
     """Have the gradient of a parameter given as its `grad` again."""
     if gradient_parts(parameter) is not None:
         delattr(parameter, _PARTS)
+
+
+class GradientCollector:
+    """Has all terms of a loss make one gradient of a matrix, not one each.
+
+    A term by itself makes one as large as the matrix, however few its matches.
+
+    Args:
+        read: Makes of a parameter the rows that terms are computed from.
+    """
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        self._read = read
+        self._collected: dict[Tensor, tuple[Tensor, list[RowGradient]]] = {}
+
+    def collect(self, parameter: Tensor) -> tuple[Tensor, list[RowGradient]]:
+        """Return the rows of a parameter, and where to leave parts of their gradient."""
+        if parameter not in self._collected:
+            parts: list[RowGradient] = []
+            rows = _Collected.apply(self._read(parameter), parts, gradient_parts(parameter))  # type: ignore[no-untyped-call]  # torch does not annotate it
+            self._collected[parameter] = rows, parts
+        return self._collected[parameter]
+
+    def start_backward_at(self, loss: Tensor) -> Tensor:
+        """Return the loss: every backward pass that meets any of the terms must come from it."""
+        if loss.requires_grad:
+            parts = [parts for _, parts in self._collected.values()]
+
+            def forget(grad: Tensor) -> None:
+                # A pass that did not reach the parameter has left its parts behind.
+                for each in parts:
+                    each.clear()
+
+            loss.register_hook(forget)
+        return loss
+
+
+class _Collected(torch.autograd.Function):
+    """The identity, whose backward pass comes after those of all that was made of its result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, matrix: Tensor, parts: list[RowGradient], kept: list[RowGradient] | None
+    ) -> Tensor:
+        ctx.parts, ctx.kept = parts, kept
+        ctx.set_materialize_grads(False)  # there is none if all of it is in parts
+        return matrix.view_as(matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        parts = ctx.parts.copy()
+        ctx.parts.clear()
+        if ctx.kept is not None:
+            ctx.kept.extend(parts)
+        elif parts:
+            gradient = RowGradient.sum(parts).dense()
+            grad = gradient if grad is None else gradient.add_(grad)
+        return grad, None, None
 
 
 def leave_or_give(gradient: RowGradient, parts: list[RowGradient] | None) -> Tensor | None:
