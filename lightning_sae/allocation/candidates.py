@@ -74,17 +74,34 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
         searched = scores.search.of_tokens(count)
         if searched is not None:
             return searched
-    found = Found(scores.shape, len(scores) * count, scores.device)
-    for start, tile in scores.token_tiles():
-        most = min(count, tile.rows.shape[1])
-        counts = torch.full((len(tile.rows),), most, device=scores.device)
-        token, feature, score = tile.largest(counts)
-        found.add(token + start, feature, score)
-    pairs = scores.collect_by_token(found.pairs())
+    found = Found(scores.shape, 2 * len(scores) * count, scores.device)
+    largest = None  # of each token, so far
+    for tokens, start, tile in scores.token_tiles():
+        if largest is None:
+            largest = tile.rows.new_zeros(len(scores), count)
+        entries = torch.cat([largest[tokens], tile.entries(count)], 1)
+        largest[tokens] = entries.topk(count).values
+        token, feature, score = tile.above(largest[tokens, -1])
+        found.add(token + tokens.start, feature + start, score)
+    pairs = largest_of_tokens(found.pairs(), count)
     if scores.share.mesh is None:
         return pairs
-    counts = pairs.token.new_full((len(scores),), count)
-    return pairs.select(among_largest(pairs.token, pairs.value, counts))
+    return largest_of_tokens(scores.collect_by_token(pairs), count)
+
+
+def largest_of_tokens(pairs: Matches, count: int) -> Matches:
+    """Return the `count` pairs of largest value of each token; of equal ones the first features.
+
+    Args:
+        pairs: The features of each token ascend.
+        count: All are returned of a token that has fewer.
+
+    Returns:
+        Pairs sorted by token, then by feature.
+    """
+    counts = pairs.token.new_full(pairs.shape[:1], count)
+    pairs = pairs.select(among_largest(pairs.token, pairs.value, counts))
+    return pairs.select(pairs.token.argsort(stable=True))
 
 
 def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:

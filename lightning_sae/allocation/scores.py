@@ -1,5 +1,6 @@
 """Scores of all pairs of a batch, a tile at a time: they need never be in memory at once."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -8,11 +9,14 @@ from torch import Tensor
 
 from lightning_sae.allocation.matches import Found, Matches
 from lightning_sae.allocation.search import Search
-from lightning_sae.allocation.tile import Tile, strictly
+from lightning_sae.allocation.tile import BLOCK, Tile, strictly
 from lightning_sae.sharding import Share
 
-_PAIRS = 6 << 20  # in a tile: 24 MiB of float32; TopK is slower with smaller ones
+_PAIRS = 6 << 20  # in a tile: 24 MiB of float32
 _PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
+_TOKENS = 1024  # in a tile of tokens, if there are as many: with fewer, products are slower
+
+Span = tuple[slice, slice]  # rows and columns of a tile
 
 
 class Scores(ABC):
@@ -52,17 +56,18 @@ class Scores(ABC):
         """
 
     @abstractmethod
-    def of_tokens(self, tokens: slice, room: Tensor | None = None) -> Tensor:
-        """Return the scores of some tokens, float32 or wider, contiguous, (tokens, features).
+    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+        """Return the scores of some pairs, float32 or wider, contiguous, (tokens, features).
 
         Args:
             tokens: Which.
+            features: Numbered from the first that has its tiles here.
             room: Scores of as many, returned before, that may be overwritten.
         """
 
     def dense(self) -> Tensor:
         """Return all scores at once, shape (tokens, features)."""
-        return self.of_tokens(slice(0, self.shape[0]))
+        return self.of_tokens(slice(0, self.shape[0]), slice(0, self._features))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -119,46 +124,68 @@ class Scores(ABC):
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
-        here = self.share.here
+        first, here, tokens = self.share.here.start, self._features, self.shape[0]
         # Made first: small tensors made between tiles would take the places of freed large ones.
-        passing = torch.zeros(here.stop - here.start, dtype=torch.int64, device=self.device)
-        for place, tile in self._tiles(len(passing), self.shape[0], self.of_features):
-            end = place + len(tile.rows)
+        passing = torch.zeros(here, dtype=torch.int64, device=self.device)
+        step = max(1, self._pairs // max(1, tokens))
+        spans = [(rows, slice(0, tokens)) for rows in _cut(here, step)]
+        for (rows, _), tile in self._tiles(
+            spans, lambda span, room: self.of_features(span[0], room)
+        ):
             if self.thresholds is not None:
-                thresholds = self.thresholds[here.start + place : here.start + end]
-                passing[place:end] = tile.count_above(thresholds)
-            yield here.start + place, tile
+                thresholds = self.thresholds[first + rows.start : first + rows.stop]
+                passing[rows] = tile.count_above(thresholds)
+            yield first + rows.start, tile
         if self.thresholds is not None:
             self.passing = self.share.everyones(passing)
 
-    def token_tiles(self) -> Iterator[tuple[int, Tile]]:
-        """Yield tiles whose rows are tokens, each with the number of its first token.
+    def token_tiles(self) -> Iterator[tuple[slice, int, Tile]]:
+        """Yield tiles whose rows are tokens: which, and the number of the first feature.
 
-        Their columns are the features whose tiles are here. A tile is gone when the next one is
-        asked for.
+        Their columns are some of the features here, numbered from 0. A tile is gone when the next
+        one is asked for.
 
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
-        columns = self.share.here.stop - self.share.here.start
-        yield from self._tiles(self.shape[0], columns, self.of_tokens)
+        tokens, features = self.shape[0], self._features
+        high = max(1, min(_TOKENS, tokens), self._pairs // max(1, features))
+        wide = max(BLOCK, self._pairs // high // BLOCK * BLOCK)
+        spans = [(rows, some) for rows in _cut(tokens, high) for some in _cut(features, wide)]
+        for (rows, some), tile in self._tiles(
+            spans, lambda span, room: self.of_tokens(*span, room)
+        ):
+            yield rows, some.start, tile
 
     def _tiles(
-        self, rows: int, columns: int, compute: Callable[[slice, Tensor | None], Tensor]
-    ) -> Iterator[tuple[int, Tile]]:
-        pairs = _PAIRS if self.device.type == "cpu" else _PAIRS_ON_GPU
-        step = max(1, pairs // max(1, columns))
+        self, spans: list[Span], compute: Callable[[Span, Tensor | None], Tensor]
+    ) -> Iterator[tuple[Span, Tile]]:
         total = torch.zeros((), device=self.device)
         room = None  # the first tile's, which is the largest
-        for start in range(0, rows, step):
-            end = min(start + step, rows)
-            scores = compute(slice(start, end), None if room is None else room[: end - start])
-            room = scores if room is None else room
+        for span in spans:
+            shape = [each.stop - each.start for each in span]
+            scores = compute(span, None if room is None else room[: math.prod(shape)].view(shape))
+            room = scores.view(-1) if room is None else room
             tile = Tile(scores)
-            yield start, tile
+            yield span, tile
             total = total + tile.maxima.sum()  # NaN or infinite if one of them is
         if not bool(self.share.sum(total).isfinite()):  # else a NaN would just never be chosen
             raise FloatingPointError("scores are not finite")
+
+    @property
+    def _features(self) -> int:
+        """How many features have their tiles here."""
+        return int(self.share.here.stop - self.share.here.start)
+
+    @property
+    def _pairs(self) -> int:
+        return _PAIRS if self.device.type == "cpu" else _PAIRS_ON_GPU
+
+
+def _cut(length: int, step: int) -> list[slice]:
+    """Return at least one slice: processes must agree on a dtype, also one that has no scores."""
+    starts = range(0, max(1, length), step)
+    return [slice(start, min(start + step, length)) for start in starts]
 
 
 class TensorScores(Scores):
@@ -180,6 +207,6 @@ class TensorScores(Scores):
         """Return a transposed copy of some columns."""
         return self._scores[:, features].T.contiguous()
 
-    def of_tokens(self, tokens: slice, room: Tensor | None = None) -> Tensor:
-        """Return some rows."""
-        return self._scores[tokens].contiguous()
+    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+        """Return a copy of some rows and columns."""
+        return self._scores[tokens, features].contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sae.allocation.ranking import among_largest, kth_largest
 
-_BLOCK = 32  # entries; with larger blocks more entries pass a bound, with smaller ones it is dear
+BLOCK = 32  # entries; with larger blocks more entries pass a bound, with smaller ones it is dear
 
 
 class Tile:
@@ -26,7 +26,7 @@ class Tile:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self._size = math.gcd(rows.shape[1], _BLOCK)
+        self._size = math.gcd(rows.shape[1], BLOCK)
         self._blocks = rows.view(len(rows), rows.shape[1] // self._size, self._size)
         self.maxima = self._blocks.amax(2) if self._size > 1 else rows
 
@@ -68,6 +68,14 @@ class Tile:
         chosen[crowded] = among_largest(row[crowded], score[crowded], counts)
         kept = chosen.nonzero().squeeze(1)
         return row[kept], column[kept], score[kept]
+
+    def entries(self, count: int) -> Tensor:
+        """Return entries of each row whose `count`-th largest is a good bound of that of all.
+
+        Returns:
+            Block maxima, shape (rows, blocks), or all, if there are hardly more blocks than that.
+        """
+        return self.maxima if count <= self.maxima.shape[1] * 3 // 4 else self.rows
 
     def bound(self, count: int) -> Tensor:
         """Return a lower bound, 0-d, of the `count`-th largest entry of all rows together."""

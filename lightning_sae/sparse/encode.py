@@ -62,15 +62,16 @@ class EncoderScores(Scores):
             everyone = slice(0, len(self._x))
             return self._rank(affinities.T, everyone, features).T.contiguous()
 
-    def of_tokens(self, tokens: slice, room: Tensor | None = None) -> Tensor:
-        """Return the scores of some tokens, shape (tokens, features)."""
+    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+        """Return the scores of some pairs, shape (tokens, features)."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            affinities = torch.addmm(self._bias, self._x[tokens], self._weight.T, out=room)
+            affinities = torch.mm(self._x[tokens], self._weight[features].T, out=room)
+            affinities += self._bias[features]
             if self._scale is not None:
                 affinities *= self._scale[tokens].unsqueeze(1)
             if self._rank is None:
                 return affinities
-            return self._rank(affinities, tokens, slice(0, len(self._weight))).contiguous()
+            return self._rank(affinities, tokens, features).contiguous()
 
 
 class KernelSearch(Search):

@@ -133,7 +133,7 @@ def test_choices_from_tiles_are_the_brute_force(case: str, size: tuple[int, int]
     by_feature = [list(range(features))] * tokens
     by_token = [[n] * features for n in range(tokens)]
     lazy = TensorScores(affinity)
-    with patch.object(scores, "_PAIRS", pairs):
+    with patch.multiple(scores, _PAIRS=pairs, _TOKENS=24):
         for k in (1, 5, 20, features):
             check(token_choice(affinity, k), brute_force(affinity, by_token, [k] * tokens))
         check(feature_choice(lazy, budgets), brute_force(affinity, by_feature, budgets.tolist()))

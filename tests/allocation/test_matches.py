@@ -50,7 +50,7 @@ def test_scores_keep_their_dtype_where_none_is_found(
     assert (len(matches), matches.value.dtype) == (0, torch.float64)
 
 
-@pytest.mark.parametrize("name", ["batch", "features", "above"])
+@pytest.mark.parametrize("name", CHOICES)
 def test_scores_keep_their_dtype_where_there_are_no_tokens(name: str):
     """Ranks with tokens and without must agree on what they send each other."""
     matches = CHOICES[name](TensorScores(torch.zeros(0, 5).double()))

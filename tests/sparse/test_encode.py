@@ -56,7 +56,7 @@ def test_scores_are_the_dense_affinities():
     dense = x @ weight.T + bias
     scores = EncoderScores(x, weight, bias)
     torch.testing.assert_close(scores.dense(), dense)
-    torch.testing.assert_close(scores.of_tokens(slice(3, 9)), dense[3:9])
+    torch.testing.assert_close(scores.of_tokens(slice(3, 9), slice(2, 5)), dense[3:9, 2:5])
     torch.testing.assert_close(scores.of_features(slice(4, 8)), dense[:, 4:8].T)
 
 
@@ -66,7 +66,7 @@ def test_scores_can_be_something_else_than_affinities():
     scores = EncoderScores(x, weight, bias, by_token.squeeze(1), lambda a, _, i: a * by_feature[i])
     dense = (x @ weight.T + bias) * by_token * by_feature
     torch.testing.assert_close(scores.dense(), dense)
-    torch.testing.assert_close(scores.of_tokens(slice(3, 9)), dense[3:9])
+    torch.testing.assert_close(scores.of_tokens(slice(3, 9), slice(2, 5)), dense[3:9, 2:5])
     torch.testing.assert_close(scores.of_features(slice(4, 8)), dense[:, 4:8].T)
     assert scores.of_features(slice(4, 8)).is_contiguous()
 
