@@ -64,7 +64,8 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
     """Return the `count` largest positive pairs of each token.
 
     Args:
-        scores: Of all pairs.
+        scores: Of all pairs. Of tiles, at most three times as many as are wanted are held at any
+            time, beside those of one tile.
         count: From 1 to features.
 
     Returns:
@@ -83,6 +84,10 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
         largest[tokens] = entries.topk(count).values
         token, feature, score = tile.above(largest[tokens, -1])
         found.add(token + tokens.start, feature + start, score)
+        if len(found) > 3 * len(scores) * count:  # larger ones came later and later
+            kept = largest_of_tokens(found.pairs(), count)
+            found.clear()
+            found.add(kept.token, kept.feature, kept.value)
     pairs = largest_of_tokens(found.pairs(), count)
     if scores.share.mesh is None:
         return pairs

@@ -112,6 +112,7 @@ AWKWARD = {
     "all the same": lambda size, g: torch.ones(size),
     "few positive": lambda size, g: torch.randn(size, generator=g) - 2.5,
     "none positive": lambda size, g: -torch.rand(size, generator=g),
+    "rising": lambda size, g: torch.arange(1.0, size[1] + 1).expand(size),
     "one large token": lambda size, g: torch.randn(size, generator=g) * torch.eye(size[0], 1) * 99,
     "one large feature": lambda size, g: (
         torch.randn(size, generator=g) * (1 + 99 * torch.eye(1, size[1]))
