@@ -212,7 +212,7 @@ class Dictionary(pl.LightningModule):
     ) -> tuple[Tensor, list[RowGradient] | None]:
         """Return the rows here, and where matches may leave the gradient of these in parts."""
         kept = gradient_parts(parameter)
-        if self._collector is None:
+        if self._collector is None or not torch.is_grad_enabled():
             return wide(parameter), kept
         rows, parts = self._collector.collect(parameter)
         return rows, None if kept is None and is_dense(matches) else parts

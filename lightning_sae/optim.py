@@ -9,7 +9,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from lightning_sae.sharding import add_shards, local
-from lightning_sae.sparse import RowGradient, gradient_parts, keep_in_parts, rows_at_a_time
+from lightning_sae.sparse import gradient_parts, keep_in_parts, rows_at_a_time
 
 
 class ChunkedAdam(torch.optim.Adam):
@@ -104,11 +104,12 @@ class ChunkedAdam(torch.optim.Adam):
             if whole is not None:
                 yield slice(0, None), whole
             return
-        parts[:] = [RowGradient.sum(parts)]
         features, step = len(local(parameter)), rows_at_a_time(parameter)
         for start in range(0, features, step):
             end = min(start + step, features)
             gradient = parts[0].rows(start, end)
+            for part in parts[1:]:
+                gradient += part.rows(start, end)
             if whole is not None:
                 gradient += whole[start:end]
             yield slice(start, end), gradient.to(parameter.dtype)

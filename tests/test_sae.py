@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
-from lightning_sae.allocation import TensorScores
+from lightning_sae.allocation import Matches, Scores, TensorScores
 from tests.helpers.superposition import superposition
 
 D_MODEL, N_FEATURES, K = 16, 48, 4
@@ -494,3 +494,19 @@ def test_dying_features_are_helped_by_their_deficit(make, every):
 def test_dying_below_is_a_share(share: float):
     with pytest.raises(ValueError, match=r"dying_below=.* must be a share, 0 to less than 1"):
         TopKSAE(D_MODEL, N_FEATURES, K, dying_below=share)
+
+
+def test_a_choice_may_look_at_what_matches_add_up_to():
+    class Curious(TopKSAE):
+        def choose(self, scores: Scores) -> Matches:
+            chosen = super().choose(scores)
+            self.sum_directions(chosen)  # without gradients: a choice has none
+            return chosen
+
+    gradients = []
+    for kind in (TopKSAE, Curious):
+        torch.manual_seed(0)
+        sae = kind(8, 32, 3)
+        sae.loss(torch.randn(20, 8))[0].backward()
+        gradients.append(sae.W_dec.grad)
+    assert torch.equal(*gradients)

@@ -75,7 +75,8 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
         searched = scores.search.of_tokens(count)
         if searched is not None:
             return searched
-    found = Found(scores.shape, 2 * len(scores) * count, scores.device)
+    most = min(2 * count, scores.shape[1])
+    found = Found(scores.shape, len(scores) * most, scores.device)
     largest = None  # of each token, so far
     for tokens, start, tile in scores.token_tiles():
         if largest is None:

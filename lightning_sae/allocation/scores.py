@@ -150,7 +150,7 @@ class Scores(ABC):
         """
         tokens, features = self.shape[0], self._features
         high = max(1, min(_TOKENS, tokens), self._pairs // max(1, features))
-        wide = max(BLOCK, self._pairs // high // BLOCK * BLOCK)
+        wide = -(-max(1, self._pairs // high) // BLOCK) * BLOCK
         spans = [(rows, some) for rows in _cut(tokens, high) for some in _cut(features, wide)]
         for (rows, some), tile in self._tiles(
             spans, lambda span, room: self.of_tokens(*span, room)
