@@ -210,12 +210,15 @@ class Dictionary(pl.LightningModule):
     def _with_parts(
         self, parameter: Tensor, matches: Matches
     ) -> tuple[Tensor, list[RowGradient] | None]:
-        """Return the rows here, and where matches may leave the gradient of these in parts."""
+        """Return a parameter's rows, and where matches leave their part of its gradient, if so."""
         kept = gradient_parts(parameter)
         if self._collector is None or not torch.is_grad_enabled():
             return wide(parameter), kept
         rows, parts = self._collector.collect(parameter)
-        return rows, None if kept is None and is_dense(matches) else parts
+        tokens, features = matches.shape
+        # A part keeps a table of all tokens: if that is larger, the gradient itself is cheaper.
+        whole = kept is None and (is_dense(matches) or tokens >= features)
+        return rows, None if whole else parts
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
         return wide(self.encoder.weight), wide(self.encoder.bias)

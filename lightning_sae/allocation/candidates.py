@@ -81,8 +81,10 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
     for tokens, start, tile in scores.token_tiles():
         if largest is None:
             largest = tile.rows.new_zeros(len(scores), count)
-        entries = torch.cat([largest[tokens], tile.entries(count)], 1)
-        largest[tokens] = entries.topk(count).values
+        # Where there are bounds already, block maxima are enough to raise them.
+        first = start == scores.share.here.start
+        entries = tile.entries(count) if first else tile.maxima
+        largest[tokens] = torch.cat([largest[tokens], entries], 1).topk(count).values
         token, feature, score = tile.above(largest[tokens, -1])
         found.add(token + tokens.start, feature + start, score)
         if len(found) > 3 * len(scores) * count:  # larger ones came later and later
@@ -92,7 +94,7 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
     pairs = largest_of_tokens(found.pairs(), count)
     if scores.share.mesh is None:
         return pairs
-    return largest_of_tokens(scores.collect_by_token(pairs), count)
+    return largest_of_tokens(scores.collect(pairs), count)
 
 
 def largest_of_tokens(pairs: Matches, count: int) -> Matches:

@@ -95,10 +95,10 @@ class Scores(ABC):
         return self.collect(found.pairs()).sort()
 
     def collect(self, found: Matches) -> Matches:
-        """Return what all processes found among their features, each sorted by feature.
+        """Return what all processes found among their features, the same on all of them.
 
         Returns:
-            Sorted by feature too: the same on all processes.
+            One after another: sorted by feature if each found them so.
         """
         if self.share.mesh is None:
             return found
@@ -107,14 +107,6 @@ class Scores(ABC):
         pairs = self.share.everyones(torch.stack([each.double() for each in columns], 1))
         token, feature, value = pairs.unbind(1)
         return Matches(token.long(), feature.long(), value.to(found.value), self.shape)
-
-    def collect_by_token(self, found: Matches) -> Matches:
-        """Return the same of pairs sorted by token, whose features are numbered from 0 here."""
-        if self.share.mesh is None:
-            return found
-        found.feature = found.feature + self.share.here.start
-        pairs = self.collect(found)
-        return pairs.select(pairs.token.argsort(stable=True))
 
     def feature_tiles(self) -> Iterator[tuple[int, Tile]]:
         """Yield tiles whose rows are features, each with the number of its first feature.
@@ -140,10 +132,10 @@ class Scores(ABC):
             self.passing = self.share.everyones(passing)
 
     def token_tiles(self) -> Iterator[tuple[slice, int, Tile]]:
-        """Yield tiles whose rows are tokens: which, and the number of the first feature.
+        """Yield tiles whose rows are tokens, with which tokens and the number of the first feature.
 
-        Their columns are some of the features here, numbered from 0. A tile is gone when the next
-        one is asked for.
+        All features of some tokens come one after another. A tile is gone when the next one is
+        asked for.
 
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
@@ -155,7 +147,7 @@ class Scores(ABC):
         for (rows, some), tile in self._tiles(
             spans, lambda span, room: self.of_tokens(*span, room)
         ):
-            yield rows, some.start, tile
+            yield rows, self.share.here.start + some.start, tile
 
     def _tiles(
         self, spans: list[Span], compute: Callable[[Span, Tensor | None], Tensor]
@@ -208,5 +200,5 @@ class TensorScores(Scores):
         return self._scores[:, features].T.contiguous()
 
     def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
-        """Return a copy of some rows and columns."""
+        """Return some rows and columns."""
         return self._scores[tokens, features].contiguous()

@@ -79,7 +79,7 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
     wide = widest_float(whole.device)
     shares = torch.empty(part.shape, dtype=torch.float32, device=part.device)
     # In pieces: at full width the counts of a large dictionary take as much memory as they are.
-    pieces = part.reshape(-1).split(_PIECE), shares.view(-1).split(_PIECE)
+    pieces = part.detach().reshape(-1).split(_PIECE), shares.view(-1).split(_PIECE)
     for totals, quotients in zip(*pieces, strict=True):
         torch.div(totals.to(wide), whole.to(wide), out=quotients)
     return shares

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sae.allocation import Matches, Scores, TensorScores
+from lightning_sae.allocation import Matches, Scores, TensorScores, candidates, scores
 from lightning_sae.allocation.candidates import (
     candidates_of_batch,
     candidates_of_features,
@@ -55,3 +55,19 @@ def test_scores_keep_their_dtype_where_there_are_no_tokens(name: str):
     """Ranks with tokens and without must agree on what they send each other."""
     matches = CHOICES[name](TensorScores(torch.zeros(0, 5).double()))
     assert (len(matches), matches.value.dtype) == (0, torch.float64)
+
+
+def test_few_candidates_are_kept_though_larger_ones_come_later(monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+
+    class Counted(Found):
+        def add(self, *pairs: Tensor) -> None:
+            super().add(*pairs)
+            sizes.append(len(self))
+
+    monkeypatch.setattr(candidates, "Found", Counted)
+    monkeypatch.setattr(scores, "_PAIRS", 8 * 32)
+    rising = torch.arange(1.0, 321).expand(8, -1)  # in ten tiles
+    chosen = candidates_of_tokens(TensorScores(rising), 4)
+    assert chosen.feature.tolist() == [316, 317, 318, 319] * 8
+    assert max(sizes) <= 3 * len(chosen) + 8 * 32  # of 2,560 that are above all before them
