@@ -191,7 +191,7 @@ class Dictionary(pl.LightningModule):
         """Have all terms computed within make one gradient of each matrix.
 
         Yields:
-            What to give the loss to, so that its backward pass can begin.
+            What to give the sum of the terms to, before its backward pass.
         """
         self._collector = GradientCollector(wide)
         try:

@@ -294,7 +294,7 @@ class SparseAutoencoder(Dictionary, ABC):
             terms = {"reconstruction_loss": reconstruction_loss(error)}
             if self.training:
                 terms |= self.penalties(scaled, matches, error)
-        loss = gradients.start_backward_at(torch.stack(list(terms.values())).sum())
+        loss = gradients.forget_before(torch.stack(list(terms.values())).sum())
         if self.training:
             self._observe(scores, chosen)
         stats = {"loss": loss, **terms, **self._batch_statistics(scaled, error, matches)}

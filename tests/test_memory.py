@@ -91,3 +91,13 @@ def test_auxiliary_losses_make_no_gradients_of_their_own(make):
     assert stats["aux_zipf_loss"] > 0
     # Gradients of two matrices, and the tables and matches that they are summed up from.
     assert held(loss.backward) < 2 * WEIGHTS + 12 * MIB < 3 * WEIGHTS
+
+
+def test_parts_of_a_gradient_are_not_kept_where_they_are_larger_than_it():
+    torch.manual_seed(0)
+    sae = TopKSAE(64, 1024, K, multi_k_coefficient=0.1)
+    x = torch.randn(8192, 64)
+    sae.loss(x)
+    sae.tokens_since_fired[::3] = sae.dead_after_tokens
+    loss, _ = sae.loss(x)
+    assert held(loss.backward) < 16 * MIB

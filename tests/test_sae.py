@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
 from lightning_sae.allocation import Matches, Scores, TensorScores
+from lightning_sae.sparse import rows
 from tests.helpers.superposition import superposition
 
 D_MODEL, N_FEATURES, K = 16, 48, 4
@@ -510,3 +511,30 @@ def test_a_choice_may_look_at_what_matches_add_up_to():
         sae.loss(torch.randn(20, 8))[0].backward()
         gradients.append(sae.W_dec.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("tokens", [40, 400])  # fewer than features, and more
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(TopKSAE, multi_k_coefficient=0.1),
+        partial(MutualChoiceSAE, importance="token_norm"),
+        partial(FeatureChoiceSAE, mutual_choice_for=0, budgets="uniform", min_matches=0.1),
+    ],
+    ids=["topk", "mutual_choice", "feature_choice"],
+)
+def test_all_terms_of_a_loss_make_the_gradient_that_autograd_makes(make, tokens, monkeypatch):
+    sparse = make(D_MODEL, 300, 2, aux_coefficient=0.5, dying_below=0.75).double()
+    x = activations(tokens).double()
+    sparse.loss(x)
+    sparse.tokens_since_fired[::3] = sparse.dead_after_tokens
+    dense = copy.deepcopy(sparse)
+    loss, stats = sparse.loss(x)
+    loss.backward()
+    monkeypatch.setattr(rows, "DENSE_ABOVE", -1.0)  # products of whole matrices
+    expected, _ = dense.loss(x)
+    expected.backward()
+    assert stats["aux_zipf_loss"] > 0
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

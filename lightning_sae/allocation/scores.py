@@ -16,7 +16,7 @@ _PAIRS = 6 << 20  # in a tile: 24 MiB of float32
 _PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
 _TOKENS = 1024  # in a tile of tokens, if there are as many: with fewer, products are slower
 
-Span = tuple[slice, slice]  # rows and columns of a tile
+_Span = tuple[slice, slice]  # rows and columns of a tile
 
 
 class Scores(ABC):
@@ -150,8 +150,8 @@ class Scores(ABC):
             yield rows, self.share.here.start + some.start, tile
 
     def _tiles(
-        self, spans: list[Span], compute: Callable[[Span, Tensor | None], Tensor]
-    ) -> Iterator[tuple[Span, Tile]]:
+        self, spans: list[_Span], compute: Callable[[_Span, Tensor | None], Tensor]
+    ) -> Iterator[tuple[_Span, Tile]]:
         total = torch.zeros((), device=self.device)
         room = None  # the first tile's, which is the largest
         for span in spans:

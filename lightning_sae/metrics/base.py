@@ -76,10 +76,10 @@ def ratio(part: Tensor, whole: Tensor) -> Tensor:
         >>> ratio(torch.tensor([1, 3]), torch.tensor(4))
         tensor([0.2500, 0.7500])
     """
-    wide = widest_float(whole.device)
+    whole = whole.to(widest_float(whole.device))
     shares = torch.empty(part.shape, dtype=torch.float32, device=part.device)
     # In pieces: at full width the counts of a large dictionary take as much memory as they are.
     pieces = part.detach().reshape(-1).split(_PIECE), shares.view(-1).split(_PIECE)
     for totals, quotients in zip(*pieces, strict=True):
-        torch.div(totals.to(wide), whole.to(wide), out=quotients)
+        torch.div(totals.to(whole), whole, out=quotients)
     return shares

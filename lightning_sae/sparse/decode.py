@@ -71,6 +71,7 @@ class _WithDictionaryGradient(torch.autograd.Function):
         dictionary, weights = ctx.saved_tensors
         to_dictionary = None
         if ctx.needs_input_grad[1]:
-            gradient = RowGradient.of(grad, weights, ctx.matches, along=dictionary.detach())
+            rows = dictionary.detach()  # a part must not hold the graph that holds it
+            gradient = RowGradient.of(grad, weights, ctx.matches, along=rows)
             to_dictionary = leave_or_give(gradient, ctx.parts)
         return grad, to_dictionary, None, None, None

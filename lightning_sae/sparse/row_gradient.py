@@ -57,18 +57,21 @@ class RowGradient:
         if len(parts) == 1:
             return parts[0]
         starts = torch.stack([part.starts for part in parts]).sum(0)
-        token, weight = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("token", "weight")
-        )
-        first_row, next_place = 0, starts[:-1]
+        tokens, places = [], []
+        first_token, first_place = 0, starts[:-1]
         for part in parts:
-            # Of each feature the matches of this part follow on those of the parts before.
-            each, entries = part.starts.diff(), len(part.token)
-            shift = next_place - part.starts[:-1]
-            place = shift.repeat_interleave(each, output_size=entries)
-            place += torch.arange(entries, device=place.device)
-            token[place], weight[place] = part.token + first_row, part.weight
-            first_row, next_place = first_row + len(part.table), next_place + each
+            # Of each feature the matches of this part come after those of the parts before.
+            shift = first_place - part.starts[:-1]
+            each, count = part.starts.diff(), len(part.token)
+            place = torch.arange(count, device=starts.device)
+            places.append(place + shift.repeat_interleave(each, output_size=count))
+            tokens.append(part.token + first_token)
+            first_token, first_place = first_token + len(part.table), first_place + each
+        place, weights = torch.cat(places), [part.weight for part in parts]
+        token, weight = (
+            torch.empty_like(entries).index_copy_(0, place, entries)
+            for entries in (torch.cat(tokens), torch.cat(weights))
+        )
         table = torch.cat([part.table for part in parts])
         return cls(table, token, weight, starts, parts[0].along)
 
@@ -140,8 +143,11 @@ class GradientCollector:
             self._collected[parameter] = rows, parts
         return self._collected[parameter]
 
-    def start_backward_at(self, loss: Tensor) -> Tensor:
-        """Return the loss: every backward pass that meets any of the terms must come from it."""
+    def forget_before(self, loss: Tensor) -> Tensor:
+        """Return the loss of which each backward pass then begins without parts of an earlier one.
+
+        Every pass that meets any of the terms must come from there.
+        """
         if loss.requires_grad:
             parts = [parts for _, parts in self._collected.values()]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from lightning_sae.allocation.candidates import (
 from lightning_sae.allocation.matches import Found
 
 
+@settings(deadline=None, derandomize=True)
 @given(lots=st.lists(st.integers(0, 9), max_size=12), room=st.integers(0, 20))
 def test_pairs_come_out_as_they_went_in_however_many(lots: list[int], room: int):
     found = Found((100, 100), room, torch.device("cpu"))
