@@ -9,7 +9,7 @@ from lightning_sae.sparse.on_gpu import with_kernel
 
 DENSE_ABOVE = 1 / 16  # share of pairs that match: where gathers and a GEMM cost the same on a CPU
 
-_ENTRIES = 4096  # whose rows are copied at a time: few enough to stay in a cache
+_ENTRIES = 512  # whose rows are copied at a time: few enough to stay in a cache
 
 
 def is_dense(matches: Matches) -> bool:
