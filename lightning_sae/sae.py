@@ -21,15 +21,8 @@ from lightning_sae.checks import (
     require_positive,
     require_share,
 )
-from lightning_sae.dictionary import Dictionary, wide
-from lightning_sae.distributed import (
-    different_tokens_in,
-    from_first_rank,
-    mean_over_ranks,
-    sum_over_ranks,
-    world_size,
-)
-from lightning_sae.losses import aux_zipf_loss, reconstruction_loss
+from lightning_sae.core.dictionary import Dictionary, wide
+from lightning_sae.core.losses import aux_zipf_loss, reconstruction_loss
 from lightning_sae.metrics import (
     L0,
     DeadFeatures,
@@ -38,8 +31,15 @@ from lightning_sae.metrics import (
     L0StandardDeviation,
     zipf_statistics,
 )
-from lightning_sae.optim import ChunkedAdam
-from lightning_sae.sharding import local
+from lightning_sae.optim.chunked_adam import ChunkedAdam
+from lightning_sae.parallel.legacy import (
+    different_tokens_in,
+    from_first_rank,
+    mean_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
+from lightning_sae.parallel.share import local
 from lightning_sae.sparse import EncoderScores, give_whole
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
 

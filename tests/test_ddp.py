@@ -13,7 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
 from lightning_sae.architectures.threshold import ThresholdSAE
-from lightning_sae.distributed import max_over_ranks, mean_over_ranks, min_over_ranks, world_size
+from lightning_sae.parallel.legacy import (
+    max_over_ranks,
+    mean_over_ranks,
+    min_over_ranks,
+    world_size,
+)
 from tests.helpers.ddp import run_on
 from tests.helpers.superposition import superposition
 

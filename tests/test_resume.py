@@ -21,9 +21,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
-from lightning_sae.checkpoint import AtomicCheckpointIO
+from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.distributed import world_size
+from lightning_sae.parallel.legacy import world_size
 from tests.data.tiny import D_MODEL, arguments, save_model, save_text
 from tests.helpers.ddp import run_on
 

@@ -31,11 +31,11 @@ from lightning_sae import (
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.callbacks import WriteMatches
 from lightning_sae.callbacks.resampling import renew
-from lightning_sae.checkpoint import AtomicCheckpointIO, FiniteWeights
+from lightning_sae.checkpoint_io import AtomicCheckpointIO, FiniteWeights
 from lightning_sae.cli import main
-from lightning_sae.distributed import mean_over_ranks, processes, rank, world_size
 from lightning_sae.metrics import FeatureDensity
-from lightning_sae.sharding import local
+from lightning_sae.parallel.legacy import mean_over_ranks, processes, rank, world_size
+from lightning_sae.parallel.share import local
 from tests.helpers.ddp import run_on
 from tests.helpers.superposition import superposition
 

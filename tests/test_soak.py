@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.metric_sync import resident
 from lightning_sae import MutualChoiceSAE, TopKSAE
 from lightning_sae.allocation import Matches
-from tests.benchmarks.metric_sync import resident
 from tests.helpers.superposition import superposition
 
 D_MODEL, TOKENS, BATCHES = 8, 32, 16

@@ -8,8 +8,8 @@ from lightning_sae.allocation.choices import (
     token_choice,
 )
 from lightning_sae.allocation.importance import Importance, score
-from lightning_sae.allocation.matches import Matches, matches_where
-from lightning_sae.allocation.scores import Scores, TensorScores
+from lightning_sae.matches import Matches, matches_where
+from lightning_sae.selection.scores import Scores, TensorScores
 
 __all__ = [
     "Importance",

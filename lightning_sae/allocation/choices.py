@@ -19,14 +19,14 @@ are ever in memory, and the matches' values are their scores.
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.candidates import (
+from lightning_sae.matches import Matches
+from lightning_sae.selection.candidates import (
     candidates_of_batch,
     candidates_of_features,
     candidates_of_tokens,
     largest_of,
 )
-from lightning_sae.allocation.matches import Matches
-from lightning_sae.allocation.scores import Scores, TensorScores
+from lightning_sae.selection.scores import Scores, TensorScores
 
 
 def token_choice(affinities: Tensor | Scores, k: int) -> Matches:

@@ -13,7 +13,6 @@ affinities never travel.
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation.candidates import candidates_of_batch, candidates_of_features
 from lightning_sae.allocation.choices import (
     as_scores,
     feature_choice,
@@ -21,10 +20,8 @@ from lightning_sae.allocation.choices import (
     require_budgets,
     valued,
 )
-from lightning_sae.allocation.matches import Matches
-from lightning_sae.allocation.ranking import among_largest, places
-from lightning_sae.allocation.scores import Scores
-from lightning_sae.distributed import (
+from lightning_sae.matches import Matches
+from lightning_sae.parallel.legacy import (
     gather_over_ranks,
     length_over_ranks,
     max_over_ranks,
@@ -33,6 +30,9 @@ from lightning_sae.distributed import (
     sum_over_ranks,
     world_size,
 )
+from lightning_sae.selection.candidates import candidates_of_batch, candidates_of_features
+from lightning_sae.selection.ranking import among_largest, places
+from lightning_sae.selection.scores import Scores
 
 
 def mutual_choice_over_ranks(

@@ -17,7 +17,7 @@ from lightning_sae.allocation.over_ranks import (
 )
 from lightning_sae.architectures.threshold import Scope, ThresholdSAE
 from lightning_sae.checks import require_choice, require_k, require_not_negative
-from lightning_sae.distributed import length_over_ranks, sum_over_ranks, world_size
+from lightning_sae.parallel.legacy import length_over_ranks, sum_over_ranks, world_size
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
 _LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Matches, Scores, threshold_choice
 from lightning_sae.checks import require_not_negative
-from lightning_sae.losses import sparsity_loss
+from lightning_sae.core.losses import sparsity_loss
 from lightning_sae.sae import SparseAutoencoder
 
 

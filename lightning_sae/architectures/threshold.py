@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Matches, Scores, mutual_choice, threshold_choice
 from lightning_sae.allocation.over_ranks import mutual_choice_over_ranks
-from lightning_sae.distributed import (
+from lightning_sae.parallel.legacy import (
     gather_over_ranks,
     length_over_ranks,
     mean_over_ranks,

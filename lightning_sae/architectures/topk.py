@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Importance, Matches, Scores, token_choice
 from lightning_sae.checks import require_k, require_not_negative
-from lightning_sae.losses import reconstruction_loss
+from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.sae import SparseAutoencoder
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import require_positive
-from lightning_sae.distributed import world_size
+from lightning_sae.parallel.legacy import world_size
 from lightning_sae.sae import activations_in
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, tensorboards
-from lightning_sae.distributed import sum_over_ranks
+from lightning_sae.parallel.legacy import sum_over_ranks
 from lightning_sae.zipf import ZipfFitError, fit_zipf
 
 if TYPE_CHECKING:

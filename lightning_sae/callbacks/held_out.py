@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_sae.checks import require_positive
-from lightning_sae.distributed import world_size
+from lightning_sae.parallel.legacy import world_size
 from lightning_sae.residual_stream import ResidualStream
 
 

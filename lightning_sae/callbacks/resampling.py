@@ -14,11 +14,11 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightning_sae.checks import require_positive
-from lightning_sae.dictionary import wide
-from lightning_sae.distributed import max_over_ranks, sum_over_ranks, world_size
-from lightning_sae.distributed import rank as this_rank
+from lightning_sae.core.dictionary import wide
+from lightning_sae.parallel.legacy import max_over_ranks, sum_over_ranks, world_size
+from lightning_sae.parallel.legacy import rank as this_rank
+from lightning_sae.parallel.share import local
 from lightning_sae.sae import SparseAutoencoder, activations_in
-from lightning_sae.sharding import local
 
 ENCODER_NORM = 0.2  # of a new feature, relative to the mean of those alive (the source's)
 _OF_FEATURES = {"W_dec", "encoder.weight", "encoder.bias", "tokens_since_fired", "density"}

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_sae.allocation import Matches
-from lightning_sae.distributed import is_first_with_these_tokens, rank
+from lightning_sae.matches import Matches
+from lightning_sae.parallel.legacy import is_first_with_these_tokens, rank
 
 
 class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader without a sampler

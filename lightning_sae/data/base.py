@@ -17,7 +17,7 @@ from lightning_sae.data.contexts import Contexts
 from lightning_sae.data.frozen_model import FrozenModel
 from lightning_sae.data.modality import Modality
 from lightning_sae.data.stream import ActivationStream, Cursor, HeldOutBatches, Read
-from lightning_sae.distributed import world_size
+from lightning_sae.parallel.legacy import world_size
 from lightning_sae.residual_stream import ResidualStream
 
 __all__ = ["FrozenModelDataModule"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_sae.data.ahead import read_ahead
 from lightning_sae.data.modality import TEXT, Modality
-from lightning_sae.distributed import processes, rank, world_size
+from lightning_sae.parallel.legacy import processes, rank, world_size
 
 __all__ = ["ActivationStream", "HeldOutBatch", "HeldOutBatches", "TrainBatch"]
 

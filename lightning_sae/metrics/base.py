@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
-from lightning_sae.distributed import rank_group
-
-_PIECE = 1 << 16  # entries divided at a time
+from lightning_sae.numerics import widest_float
+from lightning_sae.parallel.legacy import rank_group
 
 
 class TotalsMetric(Metric):
@@ -62,24 +61,3 @@ class TotalsMetric(Metric):
             total, kept[name] = kept[name], getattr(self, name)
             dist.all_reduce(total, group=process_group or self.process_group or rank_group())
             setattr(self, name, total)
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on a device that lacks it (Apple's MPS)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Divide totals of any shape by one, at full width; the result is float32, NaN for 0 / 0.
-
-    Example:
-        >>> ratio(torch.tensor([1, 3]), torch.tensor(4))
-        tensor([0.2500, 0.7500])
-    """
-    whole = whole.to(widest_float(whole.device))
-    shares = torch.empty(part.shape, dtype=torch.float32, device=part.device)
-    # In pieces: at full width the counts of a large dictionary take as much memory as they are.
-    pieces = part.detach().reshape(-1).split(_PIECE), shares.view(-1).split(_PIECE)
-    for totals, quotients in zip(*pieces, strict=True):
-        torch.div(totals.to(whole), whole, out=quotients)
-    return shares

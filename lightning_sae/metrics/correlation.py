@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_sae.metrics.base import TotalsMetric, widest_float
+from lightning_sae.metrics.base import TotalsMetric
+from lightning_sae.numerics import widest_float
 
 
 class Correlation(TotalsMetric):

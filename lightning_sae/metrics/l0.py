@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation import Matches
-from lightning_sae.metrics.base import TotalsMetric, ratio, widest_float
+from lightning_sae.matches import Matches
+from lightning_sae.metrics.base import TotalsMetric
+from lightning_sae.numerics import ratio, widest_float
 
 
 class L0(TotalsMetric):

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_sae.metrics.base import TotalsMetric, ratio, widest_float
+from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.metrics.next_token_losses import next_token_losses
+from lightning_sae.numerics import ratio, widest_float
 from lightning_sae.residual_stream import ResidualStream
 
 _TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")

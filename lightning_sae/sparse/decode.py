@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lightning_sae.allocation import Matches
+from lightning_sae.matches import Matches
 from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
 

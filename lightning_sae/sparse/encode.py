@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sae.allocation import Matches, Scores
-from lightning_sae.allocation.matches import Pairs
-from lightning_sae.allocation.search import Search
-from lightning_sae.sharding import Share
-from lightning_sae.sparse.on_gpu import block_maxima, has_kernel, pairs_above
+from lightning_sae.kernels import block_maxima, has_kernel, pairs_above
+from lightning_sae.matches import Matches, Pairs
+from lightning_sae.parallel.share import Share
+from lightning_sae.selection.scores import Scores
+from lightning_sae.selection.search import Search
 from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
 

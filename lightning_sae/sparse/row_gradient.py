@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sae.allocation import Matches
+from lightning_sae.matches import Matches
 from lightning_sae.sparse.rows import sum_segments
 
 _PARTS = "gradient_parts"  # attribute of a parameter

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_sae.allocation import Matches
-from lightning_sae.sparse.on_gpu import with_kernel
+from lightning_sae.kernels import with_kernel
+from lightning_sae.matches import Matches
 
 DENSE_ABOVE = 1 / 16  # share of pairs that match: where gathers and a GEMM cost the same on a CPU
 

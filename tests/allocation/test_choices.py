@@ -14,10 +14,10 @@ from lightning_sae.allocation import (
     feature_choice,
     midpoint_thresholds,
     mutual_choice,
-    scores,
     threshold_choice,
     token_choice,
 )
+from lightning_sae.selection import scores
 
 
 def brute_force(affinities: Tensor, group_of: list[list[int]], budgets: list[int]) -> Tensor:

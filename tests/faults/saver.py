@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_sae.checkpoint import AtomicCheckpointIO
+from lightning_sae.checkpoint_io import AtomicCheckpointIO
 
 SIZE = 300_000
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_sae.errors import one_line_errors
+from lightning_sae.cli.errors import one_line_errors
 from tests.faults.runs import checkpoints, command, processes, same, state
 from tests.faults.test_last_checkpoint import EVERY_TWO_STEPS
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from lightning_sae import TopKSAE
-from lightning_sae.cli import PACKAGE, main
+from lightning_sae.cli import main
+from lightning_sae.cli.command import PACKAGE
 from tests.faults.runs import arguments, checkpoints
 
 MODEL = PACKAGE / "quickstart"

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_sae import SparseAutoencoder
-from lightning_sae.checkpoint import AtomicCheckpointIO
+from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.cli import main
 from tests.faults.runs import arguments, checkpoints, state
 

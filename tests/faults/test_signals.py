@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from lightning_sae import SparseAutoencoder, signals
+from lightning_sae import SparseAutoencoder
+from lightning_sae.callbacks import stop_on_signal as signals
 from lightning_sae.cli import main
 from tests.faults.runs import arguments, command, curves, processes, same, state
 

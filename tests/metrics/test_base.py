@@ -9,7 +9,8 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from lightning_sae.metrics import FeatureDensity
-from lightning_sae.metrics.base import TotalsMetric, ratio, widest_float
+from lightning_sae.metrics.base import TotalsMetric
+from lightning_sae.numerics import ratio, widest_float
 from tests.metrics.samples import all_metrics, sample, split, update, values
 
 

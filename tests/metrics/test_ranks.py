@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from benchmarks.metric_sync import FEATURES, peaks
 from lightning_sae.metrics import FeatureDensity
-from tests.benchmarks.metric_sync import FEATURES, peaks
 from tests.helpers.ddp import run_on, run_on_two
 from tests.metrics.samples import all_metrics, sample, split, values
 

@@ -10,11 +10,11 @@ from lightning_sae.allocation import (
     threshold_choice,
     token_choice,
 )
+from lightning_sae.kernels import maxima, pairs
 from lightning_sae.sparse import (
     EncoderScores,
     dot_rows,
     encode,
-    kernels,
     matched_affinities,
     rows,
 )
@@ -72,8 +72,8 @@ def test_scores_can_be_something_else_than_affinities():
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pairs_above", "block_maxima"):
-        monkeypatch.setattr(encode, name, getattr(kernels, name))
+    monkeypatch.setattr(encode, "pairs_above", pairs.pairs_above)
+    monkeypatch.setattr(encode, "block_maxima", maxima.block_maxima)
     monkeypatch.setattr(encode, "has_kernel", lambda tensor: True)
 
 
@@ -140,12 +140,12 @@ def test_a_useless_guess_does_not_fill_the_memory(
 ):
     """Were it not for the budget, all pairs above the guess would be kept."""
     torch.manual_seed(0)
-    monkeypatch.setattr(kernels.pairs, "PAIRS_A_TOKEN", 4)
+    monkeypatch.setattr(pairs, "PAIRS_A_TOKEN", 4)
     x, weight, bias = torch.randn(200, 5), torch.randn(150, 5), torch.randn(150)
     scores = EncoderScores(x, weight, bias)
     rooms = []
-    search = kernels.pairs._search
-    monkeypatch.setattr(kernels.pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
+    search = pairs._search
+    monkeypatch.setattr(pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
     found = mutual_choice(scores, 500, guess=1e-3)
     torch.testing.assert_close(found.to_dense(), mutual_choice(scores.dense(), 500).to_dense())
     assert max(rooms) < 1500  # of 15,000
@@ -154,11 +154,11 @@ def test_a_useless_guess_does_not_fill_the_memory(
 def test_weights_that_are_not_numbers_do_not_fill_the_memory(
     with_kernels: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(kernels.pairs, "PAIRS_A_TOKEN", 4)
+    monkeypatch.setattr(pairs, "PAIRS_A_TOKEN", 4)
     x, weight, bias = torch.randn(200, 5), torch.randn(150, 5) * torch.nan, torch.randn(150)
     rooms = []
-    search = kernels.pairs._search
-    monkeypatch.setattr(kernels.pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
+    search = pairs._search
+    monkeypatch.setattr(pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
     with pytest.raises(FloatingPointError):
         threshold_choice(EncoderScores(x, weight, bias), 0.0)
     assert rooms == [800]

@@ -1,0 +1,1 @@
+"""What an SAE is and learns: pure torch, without a Trainer."""

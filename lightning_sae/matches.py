@@ -1,0 +1,94 @@
+"""The outcome of an allocation: which features each token is matched with, and how strongly."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Pairs = tuple[Tensor, Tensor, Tensor]  # token, feature and value of each
+
+
+@dataclass(eq=False)  # not frozen: Lightning moves what predict_step returns between devices
+class Matches:
+    """Token-feature pairs that are switched on, sorted by token, then by feature.
+
+    Attributes:
+        token: Row of each match, int64, shape (matches,).
+        feature: Column of each match, int64, shape (matches,).
+        value: Activation of each match, positive, shape (matches,). Carries the gradient.
+        shape: (tokens, features) of the affinities the matches were chosen from.
+
+    Example:
+        >>> matches = matches_where(torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[1, 0, 1]]) > 0)
+        >>> matches.feature, matches.value
+        (tensor([0, 2]), tensor([0.5000, 2.0000]))
+        >>> matches.to_dense()
+        tensor([[0.5000, 0.0000, 2.0000]])
+    """
+
+    token: Tensor
+    feature: Tensor
+    value: Tensor
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.token.numel()
+
+    def to_dense(self, values: Tensor | None = None) -> Tensor:
+        """Return the codes as one tensor of shape (tokens, features), zero where no match is.
+
+        Args:
+            values: What to put in place of `value`, shape (matches,).
+        """
+        values = self.value if values is None else values
+        return values.new_zeros(self.shape).index_put((self.token, self.feature), values)
+
+    def select(self, chosen: Tensor) -> "Matches":
+        """Return the matches that a mask (matches,) marks, or those of given numbers, int64."""
+        if chosen.dtype == torch.bool:
+            chosen = chosen.nonzero().squeeze(1)
+        return Matches(self.token[chosen], self.feature[chosen], self.value[chosen], self.shape)
+
+    def with_values(self, value: Tensor) -> "Matches":
+        """Return the same pairs with other values, shape (matches,)."""
+        matches = Matches(self.token, self.feature, value, self.shape)
+        if value.requires_grad:  # gradients of both will need it: sort once
+            matches.by_feature = self.by_feature
+        return matches
+
+    def sort(self) -> "Matches":
+        """Return matches that are sorted by feature, then by token, the other way round."""
+        order = self.token.argsort(stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        matches = self.select(order)
+        matches.by_feature = (self.token, self.feature, back)
+        return matches
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and features of the matches sorted by feature, and the order that does it."""
+        order = self.feature.argsort(stable=True)
+        return self.token[order], self.feature[order], order
+
+    def per_token(self) -> Tensor:
+        """Return the number of matches of each token, int64, shape (tokens,)."""
+        return torch.bincount(self.token, minlength=self.shape[0])
+
+    def per_feature(self) -> Tensor:
+        """Return the number of matches of each feature, int64, shape (features,)."""
+        return torch.bincount(self.feature, minlength=self.shape[1])
+
+
+def matches_where(affinities: Tensor, chosen: Tensor) -> Matches:
+    """Gather the matches at the chosen pairs.
+
+    Args:
+        affinities: Encoder outputs, shape (tokens, features).
+        chosen: Boolean mask of the same shape. Pairs without a positive affinity must be off: a
+            ReLU follows the choice, and a match with no positive value is no match.
+    """
+    token, feature = chosen.nonzero(as_tuple=True)
+    tokens, features = affinities.shape
+    return Matches(token, feature, affinities[token, feature], (tokens, features))

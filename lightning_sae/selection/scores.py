@@ -1,0 +1,206 @@
+"""Scores of all pairs of a batch, a tile at a time: they need never be in memory at once."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_sae.matches import Matches
+from lightning_sae.numerics import just_above
+from lightning_sae.parallel.share import Share
+from lightning_sae.selection.found import Found
+from lightning_sae.selection.search import Search
+from lightning_sae.selection.tile import BLOCK, Tile
+
+_PAIRS = 6 << 20  # in a tile: 24 MiB of float32
+_PAIRS_ON_GPU = 1 << 26  # 256 MiB: fewer, larger products
+_TOKENS = 1024  # in a tile of tokens, if there are as many: with fewer, products are slower
+
+_Span = tuple[slice, slice]  # rows and columns of a tile
+
+
+class Scores(ABC):
+    """What a choice ranks pairs by: as a matrix (tokens, features), of which it reads tiles.
+
+    Where features are shared out over processes, each has tiles of its own features; what is found
+    in them has to be collected.
+
+    Attributes:
+        shape: (tokens, features).
+        share: Which of the features have their tiles here.
+        thresholds: If set, one a feature: then `passing` is counted whenever all tiles of features
+            are read.
+        passing: How many tokens score above each feature's threshold, int64, (features,).
+        search: A faster way than tiles, where there is one, and all features are here.
+    """
+
+    def __init__(self, tokens: int, share: Share) -> None:
+        self.shape = (tokens, share.features)
+        self.share = share
+        self.search: Search | None = None
+        self.thresholds: Tensor | None = None
+        self.passing: Tensor
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where tiles are computed."""
+
+    @abstractmethod
+    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
+        """Return the scores of some features, float32 or wider, contiguous, (features, tokens).
+
+        Args:
+            features: Numbered from the first that has its tiles here.
+            room: Scores of as many, returned before, that may be overwritten.
+        """
+
+    @abstractmethod
+    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+        """Return the scores of some pairs, float32 or wider, contiguous, (tokens, features).
+
+        Args:
+            tokens: Which.
+            features: Numbered from the first that has its tiles here.
+            room: Scores of as many, returned before, that may be overwritten.
+        """
+
+    def dense(self) -> Tensor:
+        """Return all scores at once, shape (tokens, features)."""
+        return self.of_tokens(slice(0, self.shape[0]), slice(0, self._features))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def above(self, thresholds: Tensor) -> Matches:
+        """Return all pairs that are positive and above the threshold of their feature.
+
+        Args:
+            thresholds: Shape (features,), or 0-d for one that holds for all.
+
+        Returns:
+            Pairs with their scores as values, sorted by token, then by feature.
+
+        Raises:
+            FloatingPointError: If any score is NaN or infinite.
+        """
+        thresholds = thresholds.to(self.device).expand(self.shape[1])
+        if self.search is not None:
+            return self.search.above(thresholds).sort()
+        found = Found(self.shape, len(self), self.device)  # a feature a token, or more
+        for start, tile in self.feature_tiles():
+            bounds = just_above(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))
+            feature, token, score = tile.above(bounds)
+            found.add(token, feature + start, score)
+        return self.collect(found.pairs()).sort()
+
+    def collect(self, found: Matches) -> Matches:
+        """Return what all processes found among their features, the same on all of them.
+
+        Returns:
+            One after another: sorted by feature if each found them so.
+        """
+        if self.share.mesh is None:
+            return found
+        # In float64, numbers and scores are exact and travel together.
+        columns = (found.token, found.feature, found.value)
+        pairs = self.share.everyones(torch.stack([each.double() for each in columns], 1))
+        token, feature, value = pairs.unbind(1)
+        return Matches(token.long(), feature.long(), value.to(found.value), self.shape)
+
+    def feature_tiles(self) -> Iterator[tuple[int, Tile]]:
+        """Yield tiles whose rows are features, each with the number of its first feature.
+
+        A tile is gone when the next one is asked for.
+
+        Raises:
+            FloatingPointError: After the last one, if any score is NaN or infinite.
+        """
+        first, here, tokens = self.share.here.start, self._features, self.shape[0]
+        # Made first: small tensors made between tiles would take the places of freed large ones.
+        passing = torch.zeros(here, dtype=torch.int64, device=self.device)
+        step = max(1, self._pairs // max(1, tokens))
+        spans = [(rows, slice(0, tokens)) for rows in _cut(here, step)]
+        for (rows, _), tile in self._tiles(
+            spans, lambda span, room: self.of_features(span[0], room)
+        ):
+            if self.thresholds is not None:
+                thresholds = self.thresholds[first + rows.start : first + rows.stop]
+                passing[rows] = tile.count_above(thresholds)
+            yield first + rows.start, tile
+        if self.thresholds is not None:
+            self.passing = self.share.everyones(passing)
+
+    def token_tiles(self) -> Iterator[tuple[slice, int, Tile]]:
+        """Yield tiles whose rows are tokens, with which tokens and the number of the first feature.
+
+        All features of some tokens come one after another. A tile is gone when the next one is
+        asked for.
+
+        Raises:
+            FloatingPointError: After the last one, if any score is NaN or infinite.
+        """
+        tokens, features = self.shape[0], self._features
+        high = max(1, min(_TOKENS, tokens), self._pairs // max(1, features))
+        wide = -(-max(1, self._pairs // high) // BLOCK) * BLOCK
+        spans = [(rows, some) for rows in _cut(tokens, high) for some in _cut(features, wide)]
+        for (rows, some), tile in self._tiles(
+            spans, lambda span, room: self.of_tokens(*span, room)
+        ):
+            yield rows, self.share.here.start + some.start, tile
+
+    def _tiles(
+        self, spans: list[_Span], compute: Callable[[_Span, Tensor | None], Tensor]
+    ) -> Iterator[tuple[_Span, Tile]]:
+        total = torch.zeros((), device=self.device)
+        room = None  # the first tile's, which is the largest
+        for span in spans:
+            shape = [each.stop - each.start for each in span]
+            scores = compute(span, None if room is None else room[: math.prod(shape)].view(shape))
+            room = scores.view(-1) if room is None else room
+            tile = Tile(scores)
+            yield span, tile
+            total = total + tile.maxima.sum()  # NaN or infinite if one of them is
+        if not bool(self.share.sum(total).isfinite()):  # else a NaN would just never be chosen
+            raise FloatingPointError("scores are not finite")
+
+    @property
+    def _features(self) -> int:
+        """How many features have their tiles here."""
+        return int(self.share.here.stop - self.share.here.start)
+
+    @property
+    def _pairs(self) -> int:
+        return _PAIRS if self.device.type == "cpu" else _PAIRS_ON_GPU
+
+
+def _cut(length: int, step: int) -> list[slice]:
+    """Return at least one slice: processes must agree on a dtype, also one that has no scores."""
+    starts = range(0, max(1, length), step)
+    return [slice(start, min(start + step, length)) for start in starts]
+
+
+class TensorScores(Scores):
+    """Scores that are in memory as one tensor (tokens, features) of any floating-point type."""
+
+    def __init__(self, scores: Tensor) -> None:
+        if scores.dim() != 2:
+            raise ValueError(f"affinities must be (tokens, features), not {tuple(scores.shape)}")
+        super().__init__(len(scores), Share((scores.shape[1],)))
+        # Detached and widened: 16-bit scores would tie so often that a choice became arbitrary.
+        self._scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensor is."""
+        return self._scores.device
+
+    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
+        """Return a transposed copy of some columns."""
+        return self._scores[:, features].T.contiguous()
+
+    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+        """Return some rows and columns."""
+        return self._scores[tokens, features].contiguous()

@@ -1,0 +1,150 @@
+"""The largest scores of rows, where scores are quicker computed twice than written down once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lightning_sae.matches import Matches, Pairs
+from lightning_sae.numerics import just_below
+from lightning_sae.selection.ranking import among_largest, kth_largest
+
+_NOTHING = torch.tensor(torch.finfo(torch.float32).tiny).nextafter(torch.zeros(())).item()
+"""What a score must be above to count as positive: below it arithmetic may round to zero."""
+
+_CROWDED = 3 / 4  # of as many entries as blocks: then too many others are above the bound
+_PAIRS = 1 << 31  # whose maxima are in memory at a time: 256 MiB, of blocks of 32
+
+
+class Search(ABC):
+    """Finds large scores in passes over all pairs, none of which keeps more than it finds.
+
+    A first pass leaves the largest score of each block of a row. Since each of these is a score of
+    the row, the k-th largest of them is a lower bound of its k-th largest score. A second pass
+    finds all scores that are not below their bounds. Both must compute a score to the same bits.
+
+    Args:
+        shape: (tokens, features).
+        device: Where scores are computed.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self.shape, self.device = shape, device
+
+    @abstractmethod
+    def block_maxima(
+        self, rows: slice, thresholds: Tensor | None = None, *, of_tokens: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the maxima of blocks of some rows, and how many tokens pass thresholds.
+
+        Args:
+            rows: Tokens, or features.
+            thresholds: If given, one a feature, float32, shape (features,).
+            of_tokens: Whether rows are tokens, else features.
+
+        Returns:
+            Shape (rows, blocks), and of each feature the count, shape (rows,), if rows are features
+            and thresholds are given.
+        """
+
+    @abstractmethod
+    def pairs_above(self, bounds: Tensor, most: int | None = None) -> Pairs | None:
+        """Return all pairs that score above a bound, sorted by feature, then by token.
+
+        Args:
+            bounds: Float32, one a feature, shape (features,), or one a token, shape (tokens, 1).
+            most: If given, nothing is returned if more are found, and more than there is room for.
+        """
+
+    def above(self, bounds: Tensor) -> Matches:
+        """Return all pairs that are positive and above a bound, sorted by feature, then by token.
+
+        Args:
+            bounds: One a feature, shape (features,), one a token, shape (tokens, 1), or one for
+                all, shape (1,). Nothing is above NaN.
+
+        Raises:
+            FloatingPointError: If any score is NaN, or infinite and above its bound.
+        """
+        return cast(Matches, self._above(bounds))  # no number of pairs is too many
+
+    def _above(self, bounds: Tensor, most: int | None = None) -> Matches | None:
+        if bounds.dim() == 1:
+            bounds = bounds.expand(self.shape[1])
+        bounds = bounds.float().masked_fill(bounds.isnan(), torch.inf).clamp_min(_NOTHING)
+        found = self.pairs_above(bounds, most)
+        if found is None:
+            return None
+        token, feature, score = found
+        if not bool(score.isfinite().all()):
+            raise FloatingPointError("scores are not finite")
+        return Matches(token, feature, score, self.shape)
+
+    def of_batch(self, budget: int, guess: float | None = None) -> Matches | None:
+        """Return pairs that hold the `budget` largest of all; None if tiles find them sooner.
+
+        Args:
+            budget: How many pairs are wanted.
+            guess: If given, what is at or above it is returned, budget or not, unless it is far
+                more than the budget.
+        """
+        if guess is not None:
+            bound = just_below(torch.tensor([guess], device=self.device))
+            found = self._above(bound, most=2 * budget)
+            if found is not None:
+                return found
+        largest, blocks = [], 0
+        for rows in self._parts(of_tokens=False):
+            maxima = self.block_maxima(rows, of_tokens=False)[0].flatten()
+            largest.append(maxima.topk(min(budget, len(maxima))).values)
+            blocks += len(maxima)
+        if not 0 < budget <= blocks * _CROWDED:
+            return None
+        bound = torch.cat(largest).topk(budget).values[-1:]
+        return self.above(just_below(bound))
+
+    def of_tokens(self, count: int) -> Matches | None:
+        """Return the `count` largest of each token; None if tiles find them sooner."""
+        bounds = [torch.empty(0, 1, device=self.device)]
+        for rows in self._parts(of_tokens=True):
+            maxima, _ = self.block_maxima(rows, of_tokens=True)
+            if count > maxima.shape[1] * _CROWDED:
+                return None
+            bounds.append(maxima.topk(count, dim=1).values[:, -1:])
+        found = self.above(just_below(torch.cat(bounds)))
+        counts = found.token.new_full((self.shape[0],), count)
+        return found.select(among_largest(found.token, found.value, counts)).sort()
+
+    def of_features(
+        self, counts: Tensor, thresholds: Tensor | None
+    ) -> tuple[Matches, Tensor] | None:
+        """Return the largest of each feature, and how many tokens pass its threshold.
+
+        Args:
+            counts: How many of each feature, int64, shape (features,).
+            thresholds: As for `block_maxima`.
+
+        Returns:
+            None if tiles find them sooner.
+        """
+        bounds, passing = [], []
+        for rows in self._parts(of_tokens=False):
+            maxima, passed = self.block_maxima(rows, thresholds, of_tokens=False)
+            blocks, wanted = maxima.shape[1], counts[rows]
+            if int((wanted > blocks * _CROWDED).sum()) > len(wanted) / 64:
+                return None
+            # Where more are wanted than there are blocks, whatever is positive will do.
+            bound = kth_largest(maxima, wanted.clamp(max=blocks)).masked_fill(wanted > blocks, 0)
+            bounds.append(bound)
+            passing.append(passed)
+        found = self.above(just_below(torch.cat(bounds)))
+        chosen = among_largest(found.feature, found.value, counts)
+        return found.select(chosen).sort(), torch.cat(passing)
+
+    def _parts(self, *, of_tokens: bool) -> Iterator[slice]:
+        rows, columns = self.shape if of_tokens else self.shape[::-1]
+        step = max(1, _PAIRS // max(1, columns))
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))

@@ -1,0 +1,238 @@
+"""The command line as a user meets it: the shipped configurations, run for a few steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import lightning_sae
+from lightning_sae.cli import SparseAutoencoderCLI, find_config, main
+from lightning_sae.cli.command import PACKAGE
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ARCHITECTURES = ["standard", "topk", "mutual_choice", "feature_choice"]
+SMALL = {
+    "trainer.max_steps": "4",
+    "trainer.val_check_interval": "2",
+    "trainer.log_every_n_steps": "1",
+    "trainer.enable_progress_bar": "false",
+    "trainer.enable_model_summary": "false",
+    "model.n_features": "512",
+    "data.batch_size": "512",
+    "data.batches_per_block": "4",
+    "data.validation_tokens": "1024",
+    "data.test_tokens": "2048",
+}
+
+pytestmark = [
+    # Lightning remarks on settings that a four-step run must have.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+
+
+def arguments(command: str, config: str, **changes: str) -> list[str]:
+    settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    return [command, "--config", config, *(f"--{key}={value}" for key, value in settings.items())]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run in an empty folder, as a command of no arguments: Lightning would warn of pytest's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning_sae"])
+
+
+@pytest.mark.parametrize("given", [[], ["--float32_matmul_precision=high"]])
+def test_products_are_as_exact_as_the_user_says(given: list[str], monkeypatch: pytest.MonkeyPatch):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    with pytest.raises(SystemExit):  # for it trains nothing
+        main([*arguments("fit", "topk.yaml", trainer__max_steps="0"), *given])
+    assert said == ["high" if given else "highest"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, capsys):
+    main(arguments("fit", f"{name}.yaml"))
+    version = tmp_path / "runs" / name / "version_0"
+    checkpoint = version / "checkpoints" / "last.ckpt"
+    raw = torch.load(checkpoint, weights_only=True)
+    assert raw["state_dict"]["W_dec"].shape == (512, 256)  # the width is the language model's
+    assert not any("language_model" in key for key in raw["state_dict"])
+    assert raw["global_step"] == 4
+    assert (version / "config.yaml").is_file()
+    assert list(version.glob("events.out.tfevents.*"))
+
+    capsys.readouterr()
+    main(arguments("test", f"{name}.yaml", ckpt_path=str(checkpoint)))
+    table = capsys.readouterr().out
+    for row in ("fvu", "l0", "l0_std", "dead_fraction", "loss_recovered_mean", "delta_ce"):
+        assert any(line.startswith(f"{row} ") for line in table.splitlines()), table
+
+    main(arguments("predict", f"{name}.yaml", ckpt_path=str(checkpoint)))
+    written = sorted((tmp_path / "runs" / name / "matches").glob("*.safetensors"))
+    matches = load_file(written[0])
+    assert matches["value"].min() > 0
+    assert matches["token"].max() < matches["kept"].sum()
+
+    again = getattr(lightning_sae, raw["architecture"]).load_from_checkpoint(checkpoint)
+    assert torch.equal(again.W_dec, raw["state_dict"]["W_dec"])
+
+
+def test_the_curves_are_there(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main(arguments("fit", "mutual_choice.yaml"))
+    events = EventAccumulator(str(tmp_path / "runs/mutual_choice/version_0")).Reload()
+    scalars = set(events.Tags()["scalars"])
+    train = {"loss", "reconstruction_loss", "aux_zipf_loss", "l0", "l0_std", "fvu", "dead_fraction"}
+    train |= {"threshold", "tokens", "tokens_per_second"}
+    assert {f"train/{name}" for name in train} <= scalars
+    val = {"fvu", "l0", "l0_std", "dead_fraction", "dying_fraction", "threshold", "tokens", "kl"}
+    val |= {"loss_recovered_mean", "loss_recovered_zero", "delta_ce", "ce_clean"}
+    assert {f"val/{name}" for name in val} <= scalars
+    assert {"val/density_histogram", "val/density_by_rank"} <= set(events.Tags()["images"])
+    steps = [event.step for event in events.Scalars("val/fvu")]
+    assert steps == [1, 3]  # Lightning counts from zero
+    assert [event.value for event in events.Scalars("train/tokens")] == [512, 1024, 1536, 2048]
+
+
+def test_the_configuration_outranks_the_checkpoint(tmp_path: Path):
+    """LightningCLI by itself lets a checkpoint's k override the one on the command line."""
+    main(arguments("fit", "topk.yaml"))
+    checkpoint = str(tmp_path / "runs/topk/version_0/checkpoints/last.ckpt")
+    main(arguments("test", "topk.yaml", ckpt_path=checkpoint, model__k="5"))
+    config = yaml.safe_load((tmp_path / "runs/topk/version_1/config.yaml").read_text())
+    assert config["model"]["init_args"]["k"] == 5
+
+
+def test_a_second_run_resumes_where_the_first_stopped(tmp_path: Path):
+    main(arguments("fit", "mutual_choice.yaml", trainer__max_steps="2"))
+    checkpoint = str(tmp_path / "runs/mutual_choice/version_0/checkpoints/last.ckpt")
+    main(arguments("fit", "mutual_choice.yaml", ckpt_path=checkpoint))
+    resumed = torch.load(
+        tmp_path / "runs/mutual_choice/version_1/checkpoints/last.ckpt", weights_only=True
+    )
+    assert resumed["global_step"] == 4
+    assert resumed["state_dict"]["tokens_seen"] == 4 * 512
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]["W_dec"]
+    assert not torch.allclose(resumed["state_dict"]["W_dec"], before)  # not at a rate of zero
+
+
+@pytest.mark.parametrize("model", ["gpt2_small", "pythia_160m", "vit"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_overlays_parse_with_every_architecture(name: str, model: str, monkeypatch):
+    monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda self, subcommand: None)
+    overlays = ["--config", f"models/{model}.yaml", "--config", "trainer/ddp.yaml"]
+    main(["fit", "--config", f"{name}.yaml", *overlays])
+
+
+def test_a_large_dictionary_is_stepped_in_chunks(monkeypatch):
+    made = []
+    monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda cli: made.append(cli))
+    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda self, subcommand: None)
+    overlay = ["--config", "sizes/million_features.yaml", "--model.n_features", "4096"]
+    main(["fit", "--config", "feature_choice.yaml", *overlay])
+    optimizer = made[0].config.fit.model.init_args.optimizer
+    assert optimizer.class_path == "lightning_sae.ChunkedAdam"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_optimizer_is_spelled_out(path: Path):
+    """A class that a user swaps in would silently inherit what is left unsaid."""
+    config = yaml.safe_load(path.read_text())
+    if "model" in config:
+        optimizer = config["model"]["init_args"]["optimizer"]
+        said = {"lr", "betas", "eps", "weight_decay"}
+        if optimizer["class_path"] == "torch.optim.Adam":
+            said.add("fused")
+        assert set(optimizer["init_args"]) == said
+
+
+def test_a_local_configuration_comes_before_the_packaged_one(tmp_path: Path):
+    assert Path(find_config("topk.yaml")).samefile(CONFIGS / "topk.yaml")
+    assert Path(find_config("models/gpt2_small.yaml")).is_file()
+    (tmp_path / "topk.yaml").write_text("trainer: {max_steps: 1}")
+    assert Path(find_config("topk.yaml")) == Path("topk.yaml")
+    assert find_config("nowhere.yaml") == "nowhere.yaml"
+
+
+def test_a_budget_below_one_match_a_feature_is_told(tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments("fit", "feature_choice.yaml", model__n_features="9000"))
+    assert_told(exit_, "batch_size=563 or min_matches", capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_that_are_not_finite_are_told(tmp_path: Path, capsys, monkeypatch):
+    from lightning_sae.residual_stream import ResidualStream
+
+    read = ResidualStream.read
+    monkeypatch.setattr(ResidualStream, "read", lambda *args: read(*args) * torch.nan)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments("fit", "mutual_choice.yaml"))
+    assert_told(exit_, "NaN", capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_something_else_is_told(tmp_path: Path, capsys):
+    main(arguments("fit", "topk.yaml"))
+    checkpoint = str(tmp_path / "runs/topk/version_0/checkpoints/last.ckpt")
+    for config, width in (("mutual_choice.yaml", "512"), ("topk.yaml", "256")):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments("test", config, ckpt_path=checkpoint, model__n_features=width))
+        assert_told(exit_, "the checkpoint holds TopKSAE(d_model=256, n_features=512)", capsys)
+    assert not (tmp_path / "runs/mutual_choice").exists()
+    assert len(list((tmp_path / "runs/topk").iterdir())) == 1
+    for settings in ({}, {"ckpt_path": "last"}):  # "last" of a folder without any
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments("test", "topk.yaml", **settings))
+        assert_told(exit_, "test needs the file of a trained SAE", capsys)
+    (tmp_path / "torn.ckpt").write_bytes(Path(checkpoint).read_bytes()[:1000])
+    torch.save({"state_dict": print}, tmp_path / "code.ckpt")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "foreign.ckpt")
+    for name in ("torn.ckpt", "code.ckpt", "foreign.ckpt"):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments("test", "topk.yaml", ckpt_path=name))
+        assert_told(exit_, f"ckpt_path={name} is no checkpoint of an SAE, or is damaged", capsys)
+
+
+def assert_told(exit_: pytest.ExceptionInfo[SystemExit], told: str, capsys) -> None:
+    """One line that starts with the program's name, and an exit code that is not zero."""
+    message = exit_.value.code if isinstance(exit_.value.code, str) else capsys.readouterr().err
+    line = message.strip().splitlines()[-1]
+    assert line.startswith("lightning_sae: error: ")
+    assert told in line
+    assert "Traceback" not in message
+    assert exit_.value.code != 0
+
+
+def test_it_is_a_command_and_a_module(tmp_path: Path):
+    command = [str(Path(sys.executable).parent / "lightning_sae")]
+    module = [sys.executable, "-m", "lightning_sae"]
+    for start in (command, module):
+        version = subprocess.run(  # noqa: S603 - our own program
+            [*start, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert lightning_sae.__version__ in version.stdout
+
+
+def test_a_wheel_carries_the_configurations_and_the_model(tmp_path: Path):
+    from hatchling.builders.wheel import WheelBuilder
+
+    builder = WheelBuilder(str(PACKAGE.parent))
+    wheel = next(builder.build(directory=str(tmp_path), versions=["standard"]))
+    unpacked = tmp_path / "unpacked"
+    subprocess.run(  # noqa: S603 - our own wheel
+        [sys.executable, "-m", "zipfile", "-e", wheel, str(unpacked)], check=True
+    )
+    package = unpacked / "lightning_sae"
+    packaged = {path.relative_to(package / "configs") for path in package.rglob("*.yaml")}
+    assert packaged == {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")}
+    for name in ("py.typed", "quickstart/model.safetensors", "quickstart/text/train.parquet"):
+        assert (package / name).is_file()
