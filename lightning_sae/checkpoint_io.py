@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from lightning_sae.checks import UsageError
+
 __all__ = ["AtomicCheckpointIO", "FiniteWeights", "check_checkpoint"]
 
 
@@ -90,7 +92,7 @@ class FiniteWeights(pl.Callback):
                 weights = torch.linalg.vector_norm(weights, ord=torch.inf, dim=1)
             # NaN and infinity survive a sum, over processes too; NaN not a maximum over those.
             if not bool(weights.sum(dtype=torch.float64).isfinite()):
-                raise ValueError(
+                raise UsageError(
                     f"{name} has NaN or Inf after {trainer.global_step} steps, which is not saved: "
                     "lower the learning rate, and go on from an earlier checkpoint"
                 )
@@ -115,7 +117,7 @@ def check_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception:  # there is no end to what broken files raise
         complete = False
     if not complete:
-        raise ValueError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
+        raise UsageError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
     return found
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sae.checks import UsageError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -106,7 +108,7 @@ class ResidualStream:
 
         output = self._forward(splice, input_ids, attention_mask)
         if not hasattr(output, "logits"):
-            raise ValueError(f"model: {type(self.model).__name__} gives no logits")
+            raise UsageError(f"model: {type(self.model).__name__} gives no logits")
         logits: Tensor = output.logits
         return logits
 
@@ -135,7 +137,7 @@ def check_layer(config: PretrainedConfig, layer: int) -> None:
     layers = config.get_text_config().num_hidden_layers
     if not 0 <= layer < layers:
         name = config.name_or_path or config.model_type
-        raise ValueError(f"layer={layer} is out of range: {name} has layers 0 to {layers - 1}")
+        raise UsageError(f"layer={layer} is out of range: {name} has layers 0 to {layers - 1}")
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -148,7 +150,7 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
     # A list inside another belongs to a block (its experts, say).
     outermost = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
     if len(outermost) != 1:
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} should have one ModuleList of {layers} blocks, "
             f"found {outermost or 'none'}"
         )

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_sae.allocation import Importance, Matches, Scores, score, token_choice
 from lightning_sae.checks import (
+    UsageError,
     require_choice,
     require_not_negative,
     require_positive,
@@ -215,7 +216,7 @@ class SparseAutoencoder(Dictionary, ABC):
             try:
                 chosen = self.choose(scores) if self.training else self.choose_alone(scores)
             except FloatingPointError:
-                raise ValueError(
+                raise UsageError(
                     f"affinities are not finite after {self.tokens_seen.item()} tokens: "
                     "lower the learning rate, or look for NaN or infinite activations"
                 ) from None
@@ -365,7 +366,7 @@ class SparseAutoencoder(Dictionary, ABC):
                 for name, tensor in wanted.items():
                     tensor.copy_(found[name])
         except (KeyError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{path} is no checkpoint of an SAE with d_model={self.d_model}, "
                 f"n_features={self.n_features}: {error}"
             ) from error
@@ -489,7 +490,7 @@ class SparseAutoencoder(Dictionary, ABC):
         # Neither data parallelism nor a gradient scaler sees gradients in parts.
         devices, precision = self.trainer.world_size, self.trainer.precision
         if devices > len(self.share.sizes) or precision == "16-mixed":
-            raise ValueError(
+            raise UsageError(
                 f"optimizer=ChunkedAdam is for one device, or data_parallel_size=1, and no 16-mixed"
                 f" precision, not for devices={devices}, precision={precision}: use "
                 "torch.optim.Adam"
@@ -511,7 +512,7 @@ class SparseAutoencoder(Dictionary, ABC):
         precision = self.trainer.precision_plugin
         if isinstance(optimizer, ChunkedAdam):
             if gradient_clip_algorithm == "value":
-                raise ValueError("gradient_clip_algorithm=value: ChunkedAdam clips by norm only")
+                raise UsageError("gradient_clip_algorithm=value: ChunkedAdam clips by norm only")
             optimizer.clip_grad_norm(gradient_clip_val)
         elif isinstance(precision, MixedPrecision) and optimizer.defaults.get("fused"):
             # Lightning refuses, because such an optimizer unscales gradients itself; it does not
@@ -546,7 +547,7 @@ class SparseAutoencoder(Dictionary, ABC):
         found = f"{name}(d_model={width}, n_features={features})"
         expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
         if found != expected:
-            raise ValueError(f"the checkpoint holds {found}, the configuration asks for {expected}")
+            raise UsageError(f"the checkpoint holds {found}, the configuration asks for {expected}")
 
 
 def activations_in(batch: Any) -> Tensor:

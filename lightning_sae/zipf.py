@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
+
 FEWEST_FIRINGS = 20
 """Fewer are not judged by: the noise of a smaller count exceeds 22 %."""
 
@@ -179,12 +181,12 @@ def zipf_budgets(
     """
     offset = n_features / 1000 if offset is None else offset
     if n_features < 1 or maximum == math.inf or not min(minimum, exponent, offset) >= 0:
-        raise ValueError(
+        raise UsageError(
             f"{n_features=} must be > 0, {maximum=} finite, and {minimum=}, {exponent=}, {offset=} "
             ">= 0"
         )
     if not minimum <= (share := total / n_features) <= maximum:
-        raise ValueError(
+        raise UsageError(
             f"{total=} matches cannot be shared by {n_features=} within {minimum=} .. {maximum=} "
             f"each: a total (k times the tokens of a batch) of {n_features * minimum} .. "
             f"{n_features * maximum} can be, or any bounds with minimum <= {share} <= maximum"
@@ -225,7 +227,7 @@ def round_budgets(budgets: Tensor, seed: int) -> Tensor:
     budgets = budgets.to(torch.float64)
     total = budgets.sum().item()
     if not (math.isfinite(total) and budgets.min() >= 0 and abs(total - round(total)) < 1e-6):
-        raise ValueError(f"budgets must be >= 0 and sum to a whole number, but sum to {total!r}")
+        raise UsageError(f"budgets must be >= 0 and sum to a whole number, but sum to {total!r}")
     whole = budgets.floor()
     marks = round(total) - int(whole.sum())
     random = torch.Generator(budgets.device).manual_seed(seed)
@@ -242,7 +244,7 @@ def _sorted_counts(density: Tensor, tokens: int) -> Tensor:
     """Return how often each feature fired, most first, (features,), float64 on the CPU."""
     if tokens < 1 or density.ndim != 1 or not ((density >= 0) & (density <= 1)).all():
         found = f"{density.min():.3g} .. {density.max():.3g} of shape {tuple(density.shape)}"
-        raise ValueError(f"{tokens=} must be > 0 and densities a vector within 0 .. 1, not {found}")
+        raise UsageError(f"{tokens=} must be > 0 and densities a vector within 0 .. 1, not {found}")
     return density.detach().to("cpu", torch.float64).sort(descending=True).values * tokens
 
 

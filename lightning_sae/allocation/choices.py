@@ -19,6 +19,7 @@ are ever in memory, and the matches' values are their scores.
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.selection.candidates import (
     candidates_of_batch,
@@ -48,7 +49,7 @@ def token_choice(affinities: Tensor | Scores, k: int) -> Matches:
     scores = as_scores(affinities)
     features = scores.shape[1]
     if not 1 <= k <= features:
-        raise ValueError(f"k={k} is out of range: a token has 1 to {features} features to choose")
+        raise UsageError(f"k={k} is out of range: a token has 1 to {features} features to choose")
     return valued(candidates_of_tokens(scores, k), affinities)
 
 
@@ -75,7 +76,7 @@ def mutual_choice(affinities: Tensor | Scores, budget: int, guess: float | None 
     scores = as_scores(affinities)
     tokens, features = scores.shape
     if not 0 <= budget <= tokens * features:
-        raise ValueError(
+        raise UsageError(
             f"budget={budget} is out of range: the batch has {tokens * features} pairs"
         )
     found = candidates_of_batch(scores, budget, guess)
@@ -105,7 +106,7 @@ def feature_choice(affinities: Tensor | Scores, budgets: Tensor) -> Matches:
     tokens, features = scores.shape
     require_budgets(budgets, features)
     if features and not 0 <= int(budgets.min()) <= int(budgets.max()) <= tokens:
-        raise ValueError(
+        raise UsageError(
             f"budgets from {int(budgets.min())} to {int(budgets.max())} are out of range: "
             f"the batch has {tokens} tokens"
         )
@@ -177,7 +178,7 @@ def valued(chosen: Matches, affinities: Tensor | Scores) -> Matches:
 def require_budgets(budgets: Tensor, features: int) -> None:
     """Raise unless there is one integer a feature."""
     if budgets.shape != (features,) or budgets.is_floating_point():
-        raise ValueError(
+        raise UsageError(
             f"budgets must be {features} integers, one a feature, "
             f"not {budgets.dtype} of shape {tuple(budgets.shape)}"
         )

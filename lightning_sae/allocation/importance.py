@@ -10,6 +10,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
+
 Importance = Literal["affinity", "decoder_norm", "token_norm", "gain"]
 """What pairs are ranked by:
 
@@ -57,4 +59,4 @@ def score(
     if importance == "gain":
         removed = 2 * (centred @ dictionary.T) - affinities * dictionary.square().sum(1)
         return affinities.clamp_min(0) * removed
-    raise ValueError(f"importance={importance!r} is none of {', '.join(get_args(Importance))}")
+    raise UsageError(f"importance={importance!r} is none of {', '.join(get_args(Importance))}")

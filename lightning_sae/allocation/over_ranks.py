@@ -20,6 +20,7 @@ from lightning_sae.allocation.choices import (
     require_budgets,
     valued,
 )
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.parallel.legacy import (
     gather_over_ranks,
@@ -172,7 +173,7 @@ def _bracket(row: Tensor, score: Tensor, reserved: Tensor) -> tuple[Tensor, Tens
 
 def _require_range(budgets: Tensor, pairs: int) -> None:
     if len(budgets) and not 0 <= int(budgets.min()) <= int(budgets.max()) <= pairs:
-        raise ValueError(
+        raise UsageError(
             f"budgets from {int(budgets.min())} to {int(budgets.max())} are out of range: each is "
             f"of {pairs} pairs on {world_size()} ranks"
         )

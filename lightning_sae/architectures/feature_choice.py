@@ -16,7 +16,7 @@ from lightning_sae.allocation.over_ranks import (
     midpoint_thresholds_over_ranks,
 )
 from lightning_sae.architectures.threshold import Scope, ThresholdSAE
-from lightning_sae.checks import require_choice, require_k, require_not_negative
+from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
 from lightning_sae.parallel.legacy import length_over_ranks, sum_over_ranks, world_size
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
@@ -111,7 +111,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         require_not_negative(mutual_choice_for=mutual_choice_for, min_matches=min_matches)
         require_not_negative(zipf_exponent=zipf_exponent or 0.0, zipf_offset=zipf_offset or 0.0)
         if not k / n_features <= max_density <= 1:
-            raise ValueError(
+            raise UsageError(
                 f"max_density={max_density} is out of range: as a share of tokens it is at most 1, "
                 f"and k={k} matches need at least k / n_features = {k / n_features:.3g}"
             )
@@ -227,7 +227,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             return int(self.tokens_seen) >= self.mutual_choice_for
         steps = self.trainer.estimated_stepping_batches if self._trainer else math.inf
         if steps == math.inf:
-            raise ValueError(
+            raise UsageError(
                 f"mutual_choice_for={self.mutual_choice_for} is a share of a run, and this one has "
                 "no set number of steps: set trainer.max_steps, or give a number of tokens"
             )
@@ -238,7 +238,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         if self.budgets == "zipf" and total < self.min_matches * self.n_features:
             batches = world_size() if self.scope == "local" else 1
             needed = math.ceil(self.min_matches * self.n_features / self.k) * batches
-            raise ValueError(
+            raise UsageError(
                 f"k={self.k} matches for each of {tokens} tokens cannot give each of "
                 f"n_features={self.n_features} features min_matches={self.min_matches}: "
                 f"batch_size={needed} or min_matches={total / self.n_features:.3g} can"

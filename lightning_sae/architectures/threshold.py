@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Matches, Scores, mutual_choice, threshold_choice
 from lightning_sae.allocation.over_ranks import mutual_choice_over_ranks
+from lightning_sae.checks import UsageError
 from lightning_sae.parallel.legacy import (
     gather_over_ranks,
     length_over_ranks,
@@ -141,7 +142,7 @@ class ThresholdSAE(SparseAutoencoder):
         super().on_load_checkpoint(checkpoint)
         learned, asked = checkpoint["hyper_parameters"].get("k"), self.hparams.get("k")
         if learned != asked:
-            raise ValueError(f"the checkpoint's thresholds are for k={learned}, not for k={asked}")
+            raise UsageError(f"the checkpoint's thresholds are for k={learned}, not for k={asked}")
 
     def threshold_statistics(self) -> dict[str, Tensor]:
         """Return the mean threshold."""

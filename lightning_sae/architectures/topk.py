@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_sae.allocation import Importance, Matches, Scores, token_choice
-from lightning_sae.checks import require_k, require_not_negative
+from lightning_sae.checks import UsageError, require_k, require_not_negative
 from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.sae import SparseAutoencoder
 
@@ -80,7 +80,7 @@ class TopKSAE(SparseAutoencoder):
         require_not_negative(multi_k_coefficient=multi_k_coefficient)
         multi_k = multi_k if multi_k is not None else 4 * k
         if multi_k_coefficient > 0 and not 1 <= multi_k <= n_features:
-            raise ValueError(
+            raise UsageError(
                 f"multi_k={multi_k} is out of range: it must be 1 to n_features={n_features}"
             )
         self.k = k

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, tensorboards
 from lightning_sae.callbacks.held_out import HeldOutCallback
+from lightning_sae.checks import UsageError
 from lightning_sae.metrics import Correlation, next_token_losses
 from lightning_sae.residual_stream import ResidualStream
 
@@ -115,7 +116,7 @@ def plot_matches_by_loss(matches: Tensor, loss: Tensor) -> Figure:
     """
     if matches.ndim != 1 or matches.shape != loss.shape or not len(matches):
         shapes = f"{tuple(matches.shape)} and loss of shape {tuple(loss.shape)}"
-        raise ValueError(f"matches of shape {shapes}: both must be (tokens,), at least one")
+        raise UsageError(f"matches of shape {shapes}: both must be (tokens,), at least one")
     order = loss.cpu().argsort(stable=True)
     groups = matches.cpu().double()[order].tensor_split(min(_GROUPS, len(order)))
     middles = [group.median().item() for group in loss.cpu()[order].tensor_split(len(groups))]
@@ -147,7 +148,7 @@ def plot_matches_per_token(matches: Tensor) -> Figure:
         ValueError: If there is no token, or the shape is not as above.
     """
     if matches.ndim != 1 or not len(matches):
-        raise ValueError(f"matches of shape {tuple(matches.shape)}: must be (tokens,), at least 1")
+        raise UsageError(f"matches of shape {tuple(matches.shape)}: must be (tokens,), at least 1")
     values = matches.cpu().double()
     least, most = int(values.min()), int(values.max())
     width = math.ceil((most - least + 1) / _MOST_BARS)  # whole, for each bar to hold as many values

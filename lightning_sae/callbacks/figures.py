@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, tensorboards
+from lightning_sae.checks import UsageError
 from lightning_sae.parallel.legacy import sum_over_ranks
 from lightning_sae.zipf import ZipfFitError, fit_zipf
 
@@ -140,7 +141,7 @@ def _live(density: Tensor, tokens: int) -> Tensor:
     """Return the densities above 0, largest first, (live features,), float64 on the CPU."""
     if tokens < 1 or density.ndim != 1 or not ((density >= 0) & (density <= 1)).all():
         shape = tuple(density.shape)
-        raise ValueError(f"{tokens=} must be > 0, density of {shape=} a vector within 0 .. 1")
+        raise UsageError(f"{tokens=} must be > 0, density of {shape=} a vector within 0 .. 1")
     return density[density > 0].detach().cpu().double().sort(descending=True).values
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from lightning_sae.checks import require_positive
+from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.core.dictionary import wide
 from lightning_sae.parallel.legacy import max_over_ranks, sum_over_ranks, world_size
 from lightning_sae.parallel.legacy import rank as this_rank
@@ -88,7 +88,7 @@ class ResampleDeadFeatures(Callback):
             if value.shape[:1] == rows and name not in _OF_FEATURES | _OF_DIMENSIONS
         ]
         if stale:
-            raise ValueError(
+            raise UsageError(
                 f"ResampleDeadFeatures cannot be used with {type(pl_module).__name__}, which keeps "
                 f"{', '.join(stale)} of each feature: remove it from trainer.callbacks"
             )

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.parallel.legacy import is_first_with_these_tokens, rank
 
@@ -41,7 +42,7 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if is_first_with_these_tokens() and any(self.output_dir.glob(f"{_stem()}*.safetensors")):
-            raise ValueError(
+            raise UsageError(
                 f"output_dir={self.output_dir} holds matches already: remove them or name another"
             )
 

@@ -18,6 +18,7 @@ import lightning_sae
 from lightning_sae import SparseAutoencoder
 from lightning_sae.callbacks.stop_on_signal import StopOnSignal, exit_on_signals
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, FiniteWeights, check_checkpoint
+from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, one_line_errors
 from lightning_sae.data import FrozenModelDataModule
 
@@ -157,12 +158,12 @@ class SparseAutoencoderCLI(LightningCLI):
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
         epochs = trainer.max_epochs != -1 and isinstance(trainer.limit_train_batches, int)
         if 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
-            raise ValueError(
+            raise UsageError(
                 f"max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs} and "
                 f"limit_train_batches={trainer.limit_train_batches}: one that is 0 trains nothing"
             )
         if not (timed or trainer.max_steps != -1 or epochs or trainer.fast_dev_run):
-            raise ValueError(
+            raise UsageError(
                 "max_steps is not set and the stream of activations is endless: "
                 "set trainer.max_steps (or trainer.max_time)"
             )
@@ -199,7 +200,7 @@ class SparseAutoencoderCLI(LightningCLI):
         if subcommand == "fit" and path in (None, "last", "hpc"):  # Lightning finds these, or none
             return
         if path is None or not Path(path).is_file():
-            raise ValueError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
+            raise UsageError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             # It reads files by itself, and loads what it can before anyone may object.
             self.model.on_load_checkpoint(check_checkpoint(path))

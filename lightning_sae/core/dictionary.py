@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from lightning_sae import numerics
-from lightning_sae.checks import require_positive
+from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import widest_float
 from lightning_sae.parallel.legacy import sum_over_ranks
@@ -102,7 +102,7 @@ class Dictionary(pl.LightningModule):
         mean = sum_over_ranks(x.sum(0)) / count
         variance = sum_over_ranks((x - mean).square().sum()) / count  # squared length of a token
         if not bool(variance.isfinite()) or not bool(variance > 0):
-            raise ValueError(
+            raise UsageError(
                 f"activations with variance {variance.item()} cannot be scaled: "
                 "they must be finite and not all the same"
             )
@@ -226,7 +226,7 @@ class Dictionary(pl.LightningModule):
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_model:
-            raise ValueError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
+            raise UsageError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Dictionary":
         """Move buffers between devices, but keep them in float32 when weights become 16-bit."""

@@ -8,6 +8,7 @@ same thing for every language model and layer.
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.parallel.legacy import mean_over_ranks
 
@@ -105,7 +106,7 @@ def aux_zipf_loss(
         tensor(2.5800)
     """
     if not 0 <= dying_below < 1:
-        raise ValueError(f"dying_below={dying_below} is a share of a density: 0 to less than 1")
+        raise UsageError(f"dying_below={dying_below} is a share of a density: 0 to less than 1")
     loss = error.new_zeros(())
     if by_dead is not None:
         gain = 1 / (1 - dying_below)

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.contexts import Contexts
 from lightning_sae.data.frozen_model import FrozenModel
 from lightning_sae.data.modality import Modality
@@ -94,7 +95,7 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         """
         ranks = world_size()
         if self.batch_size % ranks:
-            raise ValueError(f"batch_size={self.batch_size} cannot be shared by {ranks} devices")
+            raise UsageError(f"batch_size={self.batch_size} cannot be shared by {ranks} devices")
         inputs, read = self._train_inputs()
         tokens = self._tokens_per_input()
         # A quarter of a batch makes up for special tokens; the rest of it is dropped.
@@ -185,7 +186,7 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         inputs, read = self._held_out_inputs(stage)
         ranks, words = world_size(), self.modality
         if len(inputs) < ranks:
-            raise ValueError(
+            raise UsageError(
                 f"{stage}_tokens={self.hparams[f'{stage}_tokens']}: "
                 f"{words.argument}={self.hparams[words.argument]!r} has {len(inputs)} held-out "
                 f"{words.inputs} for it, {ranks} devices need one each"
@@ -203,4 +204,4 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         """Raises ValueError if an argument is smaller than it should be."""
         for name, value in least.items():
             if self.hparams[name] < value:
-                raise ValueError(f"{name}={self.hparams[name]} should be at least {value}")
+                raise UsageError(f"{name}={self.hparams[name]} should be at least {value}")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -60,7 +62,7 @@ class ActivationCache:
         try:
             return load_file(file, device=str(self.device))["activations"]
         except (SafetensorError, KeyError, OSError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"cache_dir: {file} is damaged ({error}); delete it, and it is computed again"
             ) from error
 
@@ -70,7 +72,7 @@ class ActivationCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cache_dir: cannot make '{self.folder}': {error.strerror}") from error
+            raise UsageError(f"cache_dir: cannot make '{self.folder}': {error.strerror}") from error
         temporary = file.with_suffix(f".{os.getpid()}-{get_ident()}.tmp")
         try:
             save_file({"activations": activations.cpu().contiguous()}, temporary)

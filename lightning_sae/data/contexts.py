@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.modality import TEXT, Modality
 from lightning_sae.data.packer import Packer
 
@@ -206,7 +207,7 @@ def held_out_parts(
 
 def _check_enough(total: int, minimum: int, name: str, modality: Modality) -> None:
     if total < minimum:
-        raise ValueError(
+        raise UsageError(
             f"{modality.argument}={name!r} gives only {total} {modality.inputs} to train on; "
             f"one batch needs {minimum}"
         )

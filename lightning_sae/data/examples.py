@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_sae.checks import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -59,7 +61,7 @@ def load_examples(
     if validation_split is None and "validation" in splits and train_split != "validation":
         validation_split = "validation"
     if validation_split == train_split:
-        raise ValueError(
+        raise UsageError(
             f"validation_split={validation_split!r} is the split to train on; "
             f"leave it out to hold out some of its {modality.examples}"
         )
@@ -72,7 +74,7 @@ def load_examples(
     else:
         examples = len(train)
         if examples <= held_out:
-            raise ValueError(
+            raise UsageError(
                 f"held_out_{modality.examples}={held_out} leaves nothing to train on: "
                 f"{called} has {examples} {modality.examples}"
             )
@@ -99,7 +101,7 @@ def _load(
         if isinstance(cause, SchemaInferenceError | StopIteration):  # what an empty file raises
             raise _nothing(modality, called) from error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise ValueError(f"{called} cannot be read: {reason}") from error
+        raise UsageError(f"{called} cannot be read: {reason}") from error
 
 
 def _where(modality: Modality, called: str, name: str) -> tuple[str, dict[str, str]]:
@@ -110,16 +112,16 @@ def _where(modality: Modality, called: str, name: str) -> tuple[str, dict[str, s
         return str(path), {}
     if path.is_file():
         if path.suffix not in builders:
-            raise ValueError(f"{called} should end in one of {', '.join(builders)}")
+            raise UsageError(f"{called} should end in one of {', '.join(builders)}")
         return builders[path.suffix], {"data_files": str(path)}
     if path.suffix in builders or name.startswith((".", "/", "~")):
-        raise ValueError(f"{called} does not exist")
+        raise UsageError(f"{called} does not exist")
     return name, {}
 
 
 def _split(splits: Any, key: str, name: str, called: str) -> Any:
     if name not in splits:
-        raise ValueError(f"{key}={name!r}: {called} has the splits {', '.join(splits)}")
+        raise UsageError(f"{key}={name!r}: {called} has the splits {', '.join(splits)}")
     return splits[name]
 
 
@@ -128,15 +130,15 @@ def _only(examples: Any, column: str, modality: Modality, called: str) -> Any:
     try:
         columns = examples.column_names or list(next(iter(examples), {}))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{called} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{called} cannot be read: {str(error).splitlines()[0]}") from error
     if not columns or (hasattr(examples, "__len__") and len(examples) == 0):
         raise _nothing(modality, called)
     if column not in columns:
-        raise ValueError(
+        raise UsageError(
             f"{modality.argument}_column={column!r}: {called} has the columns {', '.join(columns)}"
         )
     return examples.select_columns([column])
 
 
-def _nothing(modality: Modality, called: str) -> ValueError:
-    return ValueError(f"{called} has no {modality.examples}")
+def _nothing(modality: Modality, called: str) -> UsageError:
+    return UsageError(f"{called} has no {modality.examples}")

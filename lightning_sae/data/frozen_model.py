@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.cache import ActivationCache, model_fingerprint
 from lightning_sae.quickstart import FOLDER
 from lightning_sae.residual_stream import ResidualStream, check_layer
@@ -49,7 +50,7 @@ class FrozenModel(ABC):
     def __init__(self, name: str, layer: int, *, revision: str | None, dtype: Dtype) -> None:
         if dtype not in get_args(Dtype):
             allowed = ", ".join(get_args(Dtype))
-            raise ValueError(f"{self.dtype_argument}={dtype!r} should be one of {allowed}")
+            raise UsageError(f"{self.dtype_argument}={dtype!r} should be one of {allowed}")
         self.name = name
         self.layer = layer
         self.dtype = dtype
@@ -137,4 +138,4 @@ class FrozenModel(ABC):
             reason = str(error).strip().splitlines()[0]
             if self._path.startswith((".", "/")) and not Path(self._path).is_dir():
                 reason = "there is no such folder"
-            raise ValueError(f"model_name={self.name!r}: {reason}") from error
+            raise UsageError(f"model_name={self.name!r}: {reason}") from error

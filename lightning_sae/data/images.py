@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.examples import load_examples
 from lightning_sae.data.modality import IMAGES
 
@@ -62,7 +63,7 @@ def load_images(
     )
     for part in parts:
         if not isinstance(part.features[images_column], Image):
-            raise ValueError(
+            raise UsageError(
                 f"images_column={images_column!r}: images={images!r} holds no images there"
             )
     train, held_out = (part.cast_column(images_column, Image(mode="RGB")) for part in parts)
@@ -82,5 +83,5 @@ def decode(images: Dataset, number: int) -> Image:
         image: Image = images[number][column]
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, by format
         raw = images.cast_column(column, datasets.Image(decode=False))[number][column]
-        raise ValueError(f"images: {raw['path'] or number} cannot be read: {error}") from error
+        raise UsageError(f"images: {raw['path'] or number} cannot be read: {error}") from error
     return image

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.frozen_model import FrozenModel
 
 if TYPE_CHECKING:
@@ -30,18 +31,18 @@ class LanguageModel(FrozenModel):
 
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and context_length > longest:
-            raise ValueError(
+            raise UsageError(
                 f"context_length={context_length}: model_name={self.name!r} reads up to {longest}"
             )
         tokenizer: PreTrainedTokenizerBase = self._from_pretrained(AutoTokenizer)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # all it can do without files
-            raise ValueError(f"model_name={self.name!r}: there is no tokenizer")
+            raise UsageError(f"model_name={self.name!r}: there is no tokenizer")
         return tokenizer
 
     def _read(self, inputs: Tensor, device: torch.device) -> Tensor:
         vocabulary = self.config.get_text_config().vocab_size
         if int(inputs.max()) >= vocabulary:
-            raise ValueError(
+            raise UsageError(
                 f"model_name={self.name!r}: the tokenizer gives the token "
                 f"{int(inputs.max())}, the model knows {vocabulary}"
             )
@@ -58,5 +59,5 @@ class LanguageModel(FrozenModel):
         )
         if found["missing_keys"]:  # which transformers would make up
             missing = min(found["missing_keys"])
-            raise ValueError(f"model_name={self.name!r}: its files lack the weights {missing}")
+            raise UsageError(f"model_name={self.name!r}: its files lack the weights {missing}")
         return model

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from numpy.typing import NDArray
@@ -60,7 +62,7 @@ class Packer:
         for document in documents:
             if not isinstance(document, str):
                 held = reprlib.repr(document)  # one short line, whatever it is
-                raise ValueError(f"text_column holds {held}, which is not a string")
+                raise UsageError(f"text_column holds {held}, which is not a string")
         encoded = self.tokenizer(
             documents, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
@@ -119,7 +121,7 @@ def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
         except Exception as error:  # there is no end to what files and networks raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             place = number * DOCUMENTS_AT_ONCE
-            raise ValueError(f"text cannot be read after document {place}: {reason}") from error
+            raise UsageError(f"text cannot be read after document {place}: {reason}") from error
         if batch is None:
             return
         yield batch

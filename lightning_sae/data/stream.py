@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.ahead import read_ahead
 from lightning_sae.data.modality import TEXT, Modality
 from lightning_sae.parallel.legacy import processes, rank, world_size
@@ -154,7 +155,7 @@ class ActivationStream:
     def _order(self, block: int, kept: Tensor) -> Tensor:
         tokens = kept.flatten().nonzero().squeeze(1)
         if len(tokens) < self.batch_size:
-            raise ValueError(
+            raise UsageError(
                 f"batch_size={self.batch_size}: block {block} has only {len(tokens)} tokens to "
                 "train on; raise batches_per_block"
             )
@@ -216,7 +217,7 @@ def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
     """
     finite = activations.sum(-1, dtype=torch.float32).isfinite()  # NaN and Inf survive the sum
     if not bool((finite | ~kept.to(finite.device)).all()):
-        raise ValueError(f"{where}: the activations have NaN or Inf")
+        raise UsageError(f"{where}: the activations have NaN or Inf")
 
 
 def _gather(mine: Tensor) -> Tensor:

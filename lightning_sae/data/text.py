@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.examples import load_examples
 from lightning_sae.data.modality import TEXT
 from lightning_sae.quickstart import TEXT as QUICKSTART
@@ -47,7 +48,7 @@ def load_documents(
         ValueError: The text, split or column does not exist, or holds too few documents.
     """
     if not text:  # else it is the folder we are in
-        raise ValueError("text='' is no data set")
+        raise UsageError("text='' is no data set")
     path = Path(QUICKSTART if text == "quickstart" else text).expanduser()
     files = path.rglob("*") if path.is_dir() else [path]
     only_txt = {file.suffix for file in files} & set(TEXT.builders) == {".txt"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.frozen_model import FrozenModel
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class VisionModel(FrozenModel):
         """
         size = getattr(self.config, "patch_size", None)
         if size is None:
-            raise ValueError(
+            raise UsageError(
                 f"model_name={self.name!r}: {self.config.model_type} is no vision transformer"
             )
         height, width = (size, size) if isinstance(size, int) else size
@@ -53,7 +54,7 @@ class VisionModel(FrozenModel):
         """
         pixels = self._prepare(image)
         if pixels.shape != self._shape:
-            raise ValueError(
+            raise UsageError(
                 f"model_name={self.name!r}: its image processor leaves images of several sizes, "
                 f"such as {tuple(self._shape[1:])} and {tuple(pixels.shape[1:])}"
             )
@@ -63,7 +64,7 @@ class VisionModel(FrozenModel):
         pixels = inputs.to(device, getattr(torch, self.dtype))
         states = self.residual_stream(device).read(pixels)  # (images, positions, d_model)
         if states.dim() != 3 or states.shape[1] < self.patches:
-            raise ValueError(
+            raise UsageError(
                 f"model_name={self.name!r}: {self.config.model_type} turns {self.patches} patches "
                 f"into activations of shape {tuple(states.shape[1:])}, which should be one a patch"
             )
@@ -87,7 +88,7 @@ class VisionModel(FrozenModel):
         # What comes after the blocks is not read, and a classifier's file has no pooler.
         missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
         if missing:
-            raise ValueError(
+            raise UsageError(
                 f"model_name={self.name!r}: the files lack {len(missing)} weights of "
                 f"{type(model).__name__}, among them {missing[0]}"
             )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.numerics import widest_float
 
@@ -42,7 +43,7 @@ class Correlation(TotalsMetric):
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add tokens by their two numbers, both of one shape."""
         if x.shape != y.shape:
-            raise ValueError(f"x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)} differ")
+            raise UsageError(f"x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)} differ")
         self.add_to_totals(moments=_correlation_update(x, y))
 
     def compute(self) -> Tensor:

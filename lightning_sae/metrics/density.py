@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.numerics import ratio
@@ -36,7 +37,7 @@ class FeatureDensity(TotalsMetric):
 
     def __init__(self, n_features: int) -> None:
         if n_features < 1:
-            raise ValueError(f"n_features={n_features}: a dictionary has at least one feature")
+            raise UsageError(f"n_features={n_features}: a dictionary has at least one feature")
         super().__init__()
         self.n_features = n_features
         self.add_total("fires", n_features)
@@ -45,7 +46,7 @@ class FeatureDensity(TotalsMetric):
     def update(self, codes: Tensor | Matches) -> None:
         """Count where features fire in a batch of codes, shape (..., n_features)."""
         if tuple(codes.shape[-1:]) != (self.n_features,):
-            raise ValueError(
+            raise UsageError(
                 f"codes of shape {tuple(codes.shape)}: the last dimension must be "
                 f"n_features={self.n_features}"
             )

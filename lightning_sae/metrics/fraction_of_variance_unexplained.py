@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.numerics import ratio, widest_float
 
@@ -44,7 +45,7 @@ class FractionOfVarianceUnexplained(TotalsMetric):
 
     def __init__(self, d_model: int) -> None:
         if d_model < 1:
-            raise ValueError(f"d_model={d_model}: an activation has at least one dimension")
+            raise UsageError(f"d_model={d_model}: an activation has at least one dimension")
         super().__init__()
         self.d_model = d_model
         self.add_total("squared_error", dtype=torch.float64)
@@ -55,7 +56,7 @@ class FractionOfVarianceUnexplained(TotalsMetric):
     def update(self, reconstruction: Tensor, x: Tensor) -> None:
         """Add a batch of reconstructions and of the activations they are of, (..., d_model)."""
         if reconstruction.shape != x.shape or x.shape[-1:] != (self.d_model,):
-            raise ValueError(
+            raise UsageError(
                 f"reconstruction of shape {tuple(reconstruction.shape)} and x of shape "
                 f"{tuple(x.shape)}: both must be (..., d_model={self.d_model})"
             )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.metrics.next_token_losses import next_token_losses
 from lightning_sae.numerics import ratio, widest_float
@@ -166,7 +167,7 @@ def _loss_recovered_compute(totals: dict[str, Tensor], tokens: Tensor) -> dict[s
 
 def _scored_positions(input_ids: Tensor, kept: Tensor) -> Tensor:
     if input_ids.dim() != 2 or kept.shape != input_ids.shape or kept.dtype != torch.bool:
-        raise ValueError(
+        raise UsageError(
             f"kept of shape {tuple(kept.shape)} and {kept.dtype}, input_ids of shape "
             f"{tuple(input_ids.shape)}: both must be (contexts, length), and kept torch.bool"
         )
@@ -180,7 +181,7 @@ def _edit(kept: Tensor, replacement: Callable[[Tensor], Tensor]) -> Callable[[Te
         old = x[kept]  # (tokens, d_model)
         new = replacement(old)
         if new.shape != old.shape:
-            raise ValueError(
+            raise UsageError(
                 f"reconstruct returned shape {tuple(new.shape)} for activations of shape "
                 f"{tuple(old.shape)}: it must keep the shape"
             )
@@ -193,7 +194,7 @@ def _edit(kept: Tensor, replacement: Callable[[Tensor], Tensor]) -> Callable[[Te
 
 def _rows_of(mean: Tensor, *, like: Tensor) -> Tensor:
     if mean.shape != like.shape[-1:]:
-        raise ValueError(
+        raise UsageError(
             f"mean of shape {tuple(mean.shape)}: activations need (d_model={like.shape[-1]},)"
         )
     return mean.to(like).expand_as(like)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_sae.checks import UsageError
+
 
 def next_token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Return the cross-entropy of each next token, in nats.
@@ -25,7 +27,7 @@ def next_token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
         tensor([[0.6931, 0.1269]])
     """
     if input_ids.dim() != 2 or logits.shape[:-1] != input_ids.shape:
-        raise ValueError(
+        raise UsageError(
             f"logits of shape {tuple(logits.shape)} and input_ids of shape "
             f"{tuple(input_ids.shape)}: must be (contexts, length, vocabulary), (contexts, length)"
         )

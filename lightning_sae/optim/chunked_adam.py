@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
+from lightning_sae.checks import UsageError
 from lightning_sae.parallel.share import add_shards, local
 from lightning_sae.sparse import gradient_parts, keep_in_parts, rows_at_a_time
 
@@ -52,7 +53,7 @@ class ChunkedAdam(torch.optim.Adam):
             ValueError: If a `GradScaler` steps it.
         """
         if getattr(self, "found_inf", None) is not None:
-            raise ValueError("ChunkedAdam takes no GradScaler, which cannot see gradients in parts")
+            raise UsageError("ChunkedAdam takes no GradScaler, which cannot see gradients in parts")
         loss = None
         if closure is not None:
             with torch.enable_grad():

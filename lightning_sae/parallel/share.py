@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.parallel.ranks import all_gather
 
@@ -129,7 +130,7 @@ def share_features(n_features: int, mesh: DeviceMesh) -> Share:
     each = -(-n_features // mesh.size())  # as DTensor has it
     last = n_features - each * (mesh.size() - 1)
     if last <= 0:
-        raise ValueError(f"n_features={n_features} cannot be shared out over {mesh.size()} devices")
+        raise UsageError(f"n_features={n_features} cannot be shared out over {mesh.size()} devices")
     return Share((each,) * (mesh.size() - 1) + (last,), mesh)
 
 

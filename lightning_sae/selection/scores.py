@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import just_above
 from lightning_sae.parallel.share import Share
@@ -187,7 +188,7 @@ class TensorScores(Scores):
 
     def __init__(self, scores: Tensor) -> None:
         if scores.dim() != 2:
-            raise ValueError(f"affinities must be (tokens, features), not {tuple(scores.shape)}")
+            raise UsageError(f"affinities must be (tokens, features), not {tuple(scores.shape)}")
         super().__init__(len(scores), Share((scores.shape[1],)))
         # Detached and widened: 16-bit scores would tie so often that a choice became arbitrary.
         self._scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
