@@ -12,11 +12,10 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 
-Importance = Literal["affinity", "decoder_norm", "token_norm", "gain"]
+Importance = Literal["affinity", "token_norm", "gain"]
 """What pairs are ranked by:
 
 * `affinity`: the encoder's output z';
-* `decoder_norm`: z' ||w||, the length of what the match adds; the same where rows have unit norm;
 * `token_norm`: z' / ||x - b||, so that tokens of large norm get no more than others;
 * `gain`: 2 z' <x - b, w> - z'^2 ||w||^2, by how much the match alone lowers the squared error: the
   gradient of the loss in switching it on, to second order, and as the loss is quadratic exactly.
@@ -50,11 +49,8 @@ def score(
     """
     if importance == "affinity":
         return affinities
-    if importance == "decoder_norm":
-        lengths: Tensor = dictionary.norm(dim=1)
-        return affinities * lengths
     if importance == "token_norm":
-        lengths = centred.norm(dim=1, keepdim=True).clamp_min(1e-12)  # of no token zero
+        lengths: Tensor = centred.norm(dim=1, keepdim=True).clamp_min(1e-12)  # of no token zero
         return affinities / lengths
     if importance == "gain":
         removed = 2 * (centred @ dictionary.T) - affinities * dictionary.square().sum(1)
