@@ -20,9 +20,10 @@ class Matches:
         shape: (tokens, features) of the affinities the matches were chosen from.
 
     Example:
-        >>> matches = matches_where(torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[1, 0, 1]]) > 0)
-        >>> matches.feature, matches.value
-        (tensor([0, 2]), tensor([0.5000, 2.0000]))
+        >>> token, feature = torch.tensor([0, 0]), torch.tensor([0, 2])
+        >>> matches = Matches(token, feature, torch.tensor([0.5, 2.0]), shape=(1, 3))
+        >>> matches.per_feature()
+        tensor([1, 0, 1])
         >>> matches.to_dense()
         tensor([[0.5000, 0.0000, 2.0000]])
     """
@@ -79,16 +80,3 @@ class Matches:
     def per_feature(self) -> Tensor:
         """Return the number of matches of each feature, int64, shape (features,)."""
         return torch.bincount(self.feature, minlength=self.shape[1])
-
-
-def matches_where(affinities: Tensor, chosen: Tensor) -> Matches:
-    """Gather the matches at the chosen pairs.
-
-    Args:
-        affinities: Encoder outputs, shape (tokens, features).
-        chosen: Boolean mask of the same shape. Pairs without a positive affinity must be off: a
-            ReLU follows the choice, and a match with no positive value is no match.
-    """
-    token, feature = chosen.nonzero(as_tuple=True)
-    tokens, features = affinities.shape
-    return Matches(token, feature, affinities[token, feature], (tokens, features))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, Scores, feature_choice
-from lightning_sae.allocation.over_ranks import (
-    feature_choice_over_ranks,
-    midpoint_thresholds_over_ranks,
+from lightning_sae.allocation import (
+    Importance,
+    Matches,
+    Scores,
+    feature_choice_counting,
+    midpoint_thresholds,
 )
 from lightning_sae.architectures.threshold import Scope, ThresholdSAE
 from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
-from lightning_sae.parallel.legacy import length_over_ranks, sum_over_ranks, world_size
+from lightning_sae.parallel.legacy import length_over_ranks, rank_group, sum_over_ranks, world_size
+from lightning_sae.parallel.ranks import Ranks
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
 _LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
@@ -83,6 +86,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     tracking = 0.05
     choosing: Tensor
     target_density: Tensor
+    _passing: Tensor  # tokens above each threshold in the batch that was chosen from last
 
     def __init__(
         self,
@@ -162,9 +166,12 @@ class FeatureChoiceSAE(ThresholdSAE):
             return self.choose_by_batch(scores)
         # The same on every rank, and again after a resumption: tokens_seen is both.
         budgets = round_budgets(self.budgets_for(tokens), seed=int(self.tokens_seen))
-        scores.thresholds = self.threshold  # so that `observe` knows how many tokens pass them
-        of_features = feature_choice if self.scope == "local" else feature_choice_over_ranks
-        return of_features(scores, budgets.clamp(max=tokens).to(scores.device))
+        budgets = budgets.clamp(max=tokens).to(scores.device)
+        choice = feature_choice_counting(
+            scores, budgets, self.threshold, ranks=self.ranks_that_choose()
+        )
+        self._passing = cast(Tensor, choice.passing)
+        return choice.matches
 
     def budgets_for(self, tokens: int) -> Tensor:
         """Return each feature's budget in a batch of so many tokens, once features choose.
@@ -255,7 +262,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             return
         # In proportion, because scores have no unit of their own. An average over the batches in
         # which a feature had a match, say, would let one with less than one a batch fire too often.
-        passing = sum_over_ranks(scores.passing)
+        passing = sum_over_ranks(self._passing)
         excess = ((passing - budgets) / budgets.clamp_min(1)).clamp(-1, 1)
         self.threshold.mul_((self.tracking * excess).exp()).clamp_min_(_LEAST)
 
@@ -269,4 +276,4 @@ class FeatureChoiceSAE(ThresholdSAE):
 def _midpoints(scores: Scores, budgets: Tensor) -> Tensor:
     """Return thresholds (n_features,) that give each feature its budget, rounded, on all ranks."""
     counts = budgets.round().long().clamp(max=length_over_ranks(scores)).to(scores.device)
-    return midpoint_thresholds_over_ranks(scores, counts)
+    return midpoint_thresholds(scores, counts, ranks=Ranks(rank_group()))

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_sae.allocation import Matches, Scores, mutual_choice, threshold_choice
-from lightning_sae.allocation.over_ranks import mutual_choice_over_ranks
 from lightning_sae.checks import UsageError
 from lightning_sae.parallel.legacy import (
     gather_over_ranks,
     length_over_ranks,
     mean_over_ranks,
     min_over_ranks,
+    rank_group,
 )
+from lightning_sae.parallel.ranks import Ranks
 from lightning_sae.sae import SparseAutoencoder
 
 Scope = Literal["global", "local"]
@@ -57,14 +58,19 @@ class ThresholdSAE(SparseAutoencoder):
 
     def choose_by_batch(self, scores: Scores) -> Matches:
         """Match the k * tokens pairs of largest score among all that are chosen from together."""
-        choice = mutual_choice if self.scope == "local" else mutual_choice_over_ranks
         guess = None
         if self._cuts is not None:
             # Cuts fall while dictionaries improve. Without influence on the choice, so not saved.
             before, last = self._cuts
             margin = min(2 * abs(last - before) + 0.03 * last, 0.2 * last)
             guess = last - margin if last > 0 else None
-        return choice(scores, self.k * self.batch_tokens(scores), guess)
+        return mutual_choice(
+            scores, self.k * self.batch_tokens(scores), guess, ranks=self.ranks_that_choose()
+        )
+
+    def ranks_that_choose(self) -> Ranks | None:
+        """Return the processes whose tokens are chosen from together; None for this one alone."""
+        return None if self.scope == "local" else Ranks(rank_group())
 
     def batch_threshold(self, chosen: Matches) -> Tensor:
         """Return the smallest chosen score of a batch, 0-d; zero if nothing was positive."""
@@ -100,8 +106,11 @@ class ThresholdSAE(SparseAutoencoder):
         everything = length_over_ranks(scaled) * self.n_features
         guess = 0.9 * float(self.threshold.mean())  # NaN before the first batch
         # One more than the budget: the first that is rejected.
-        chosen = mutual_choice_over_ranks(
-            self.scores(scaled), min(budget + 1, everything), guess if guess > 0 else None
+        chosen = mutual_choice(
+            self.scores(scaled),
+            min(budget + 1, everything),
+            guess if guess > 0 else None,
+            ranks=Ranks(rank_group()),
         )
         smallest = chosen.value.sort().values[:2]
         last_two = torch.cat(gather_over_ranks(smallest)).sort().values[:2]

@@ -55,9 +55,9 @@ def pairs_above(x: Tensor, *args: Any) -> Pairs | None:
     return _kernel("pairs_above", x, *args)  # type: ignore[no-any-return]  # looked up by name
 
 
-def block_maxima(x: Tensor, *args: Any, of_tokens: bool) -> tuple[Tensor, Tensor]:
+def block_maxima(x: Tensor, *args: Any, rows_are_tokens: bool) -> tuple[Tensor, Tensor]:
     """Call the kernel of this name; only where `has_kernel`. Others go by tiles of scores."""
-    return _kernel("block_maxima", x, *args, of_tokens=of_tokens)  # type: ignore[no-any-return]  # looked up by name
+    return _kernel("block_maxima", x, *args, rows_are_tokens=rows_are_tokens)  # type: ignore[no-any-return]  # looked up by name
 
 
 def _kernel(name: str, first: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ def block_maxima(
     scale: Tensor | None,
     thresholds: Tensor | None = None,
     *,
-    of_tokens: bool,
+    rows_are_tokens: bool,
 ) -> tuple[Tensor, Tensor]:
     """Cut the rows of scores into blocks, and find the largest score of each.
 
@@ -29,19 +29,29 @@ def block_maxima(
         bias: Shape (features,).
         scale: What the affinities of each token are multiplied by, float32, shape (tokens,).
         thresholds: If given, scores above are counted; float32, shape (features,).
-        of_tokens: Whether rows are tokens, else features.
+        rows_are_tokens: Whether rows are tokens, else features.
 
     Returns:
         Maxima, float32, shape (rows, blocks), -inf for blocks beyond the last column; and how many
         tokens score above each feature's threshold, int32, shape (features,), else 0.
     """
     tokens, features = len(x), len(weight)
-    rows, columns = (tokens, features) if of_tokens else (features, tokens)
-    blocks = triton.cdiv(columns, FEATURES if of_tokens else TOKENS) * (TOKENS // BLOCK)
+    rows, columns = (tokens, features) if rows_are_tokens else (features, tokens)
+    blocks = triton.cdiv(columns, FEATURES if rows_are_tokens else TOKENS) * (TOKENS // BLOCK)
     maxima = torch.empty(rows, blocks, device=x.device)
     counts = torch.zeros(features, dtype=torch.int32, device=x.device)
     launch(
-        _block_maxima, x, weight, bias, scale, thresholds, maxima, counts, blocks, BLOCK, of_tokens
+        _block_maxima,
+        x,
+        weight,
+        bias,
+        scale,
+        thresholds,
+        maxima,
+        counts,
+        blocks,
+        BLOCK,
+        rows_are_tokens,
     )
     return maxima, counts
 
@@ -65,7 +75,7 @@ def _block_maxima(
     counts: tl.tensor,
     blocks: tl.tensor,
     size: tl.constexpr,
-    of_tokens: tl.constexpr,
+    rows_are_tokens: tl.constexpr,
 ) -> None:
     token, feature, score = scores_of_tile(
         x,
@@ -82,7 +92,7 @@ def _block_maxima(
         precision,
     )
     is_token, is_feature = token < tokens, feature < features
-    if of_tokens:
+    if rows_are_tokens:
         score = tl.where(is_feature[None, :], score, -float("inf"))
         largest = tl.max(score.reshape(tile_tokens, tile_features // size, size), axis=2)
         block = tl.min(feature) // size + tl.arange(0, tile_features // size)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_sae.matches import Matches
-from lightning_sae.selection.found import Found
-from lightning_sae.selection.ranking import among_largest
+from lightning_sae.selection.pair_buffer import PairBuffer
+from lightning_sae.selection.ranking import largest_pairs, largest_pairs_of_each_token
 from lightning_sae.selection.scores import Scores
 
 
@@ -20,48 +20,29 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
 
     Returns:
         Pairs with their scores as values, sorted by feature, then by token.
+
+    Raises:
+        FloatingPointError: If any score is NaN or infinite, here as in all that follows.
     """
     if scores.search is not None:
-        searched = scores.search.of_batch(budget, guess)
+        searched = scores.search.candidates_of_batch(budget, guess)
         if searched is not None:
             return searched
-    found = Found(scores.shape, 2 * budget, scores.device)
+    found = PairBuffer(scores.shape, 2 * budget, scores.device)
     bound = torch.tensor(guess or 0.0, device=scores.device)
-    for start, tile in scores.feature_tiles():
+    for features, tile in scores.feature_tiles():
         if guess is None:
             bound = bound.maximum(tile.bound(budget)) if budget else bound
-        feature, token, score = tile.above(bound)
-        found.add(token, feature + start, score)
+        feature, token, score = tile.at_least(bound)
+        found.add(token, feature + features.start, score)
         if len(found) > 2 * budget:
-            kept = largest_of(found.pairs(), budget)
-            found.clear()
-            found.add(kept.token, kept.feature, kept.value)
+            kept = largest_pairs(found.pairs(), budget)
+            found.replace(kept)
             bound = kept.value.min() if budget else bound
     return scores.collect(found.pairs())
 
 
-def largest_of(pairs: Matches, count: int) -> Matches:
-    """Return the `count` pairs of largest value; of equal ones those of the first tokens.
-
-    Args:
-        pairs: Sorted by feature, then by token.
-        count: From 0; all are returned if there are fewer.
-
-    Returns:
-        Pairs in the order they were in.
-    """
-    if count == 0 or count >= len(pairs):
-        return pairs.select(pairs.token.new_ones(len(pairs), dtype=torch.bool) & (count > 0))
-    cut = pairs.value.topk(count).values[-1]
-    chosen = pairs.value >= cut
-    surplus = int(chosen.sum()) - count
-    if surplus:  # equal ones: drop the last
-        tied = (pairs.value == cut).nonzero().squeeze(1)
-        chosen[tied[pairs.token[tied].argsort(stable=True)[-surplus:]]] = False
-    return pairs.select(chosen)
-
-
-def candidates_of_tokens(scores: Scores, count: int) -> Matches:
+def largest_of_each_token(scores: Scores, count: int) -> Matches:
     """Return the `count` largest positive pairs of each token.
 
     Args:
@@ -73,11 +54,11 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
         Pairs with their scores as values, sorted by token, then by feature.
     """
     if scores.search is not None:
-        searched = scores.search.of_tokens(count)
+        searched = scores.search.largest_of_each_token(count)
         if searched is not None:
             return searched
     most = min(2 * count, scores.shape[1])
-    found = Found(scores.shape, len(scores) * most, scores.device)
+    found = PairBuffer(scores.shape, len(scores) * most, scores.device)
     largest = None  # of each token, so far
     for tokens, start, tile in scores.token_tiles():
         if largest is None:
@@ -86,50 +67,62 @@ def candidates_of_tokens(scores: Scores, count: int) -> Matches:
         first = start == scores.share.here.start
         entries = tile.entries(count) if first else tile.maxima
         largest[tokens] = torch.cat([largest[tokens], entries], 1).topk(count).values
-        token, feature, score = tile.above(largest[tokens, -1])
+        token, feature, score = tile.at_least(largest[tokens, -1])
         found.add(token + tokens.start, feature + start, score)
         if len(found) > 3 * len(scores) * count:  # larger ones came later and later
-            kept = largest_of_tokens(found.pairs(), count)
-            found.clear()
-            found.add(kept.token, kept.feature, kept.value)
-    pairs = largest_of_tokens(found.pairs(), count)
+            found.replace(largest_pairs_of_each_token(found.pairs(), count))
+    pairs = largest_pairs_of_each_token(found.pairs(), count)
     if scores.share.mesh is None:
         return pairs
-    return largest_of_tokens(scores.collect(pairs), count)
+    return largest_pairs_of_each_token(scores.collect(pairs), count)
 
 
-def largest_of_tokens(pairs: Matches, count: int) -> Matches:
-    """Return the `count` pairs of largest value of each token; of equal ones the first features.
-
-    Args:
-        pairs: The features of each token ascend.
-        count: All are returned of a token that has fewer.
-
-    Returns:
-        Pairs sorted by token, then by feature.
-    """
-    counts = pairs.token.new_full(pairs.shape[:1], count)
-    pairs = pairs.select(among_largest(pairs.token, pairs.value, counts))
-    return pairs.select(pairs.token.argsort(stable=True))
-
-
-def candidates_of_features(scores: Scores, budgets: Tensor) -> Matches:
-    """Return the `budgets[i]` largest positive pairs of each feature i.
+def largest_of_each_feature(
+    scores: Scores, counts: Tensor, thresholds: Tensor | None = None
+) -> tuple[Matches, Tensor | None]:
+    """Return the `counts[i]` largest positive pairs of each feature i, and count in the same pass.
 
     Args:
         scores: Of all pairs.
-        budgets: int64, shape (features,), 0 to tokens.
+        counts: int64, shape (features,), 0 to tokens.
+        thresholds: If given, one a feature, shape (features,).
+
+    Returns:
+        Pairs with their scores as values, sorted by token, then by feature; and how many positive
+        scores are above each feature's threshold, int64, shape (features,), if there is one.
+    """
+    if scores.search is not None:
+        searched = scores.search.largest_of_each_feature(counts, thresholds)
+        if searched is not None:
+            return searched
+    here = scores.share.here
+    found = PairBuffer(scores.shape, int(counts[here].sum()), scores.device)
+    # Made first: small tensors made between tiles would take the places of freed large ones.
+    passing = torch.zeros_like(counts)
+    for features, tile in scores.feature_tiles():
+        if thresholds is not None:
+            passing[features] = tile.count_above(thresholds[features])
+        feature, token, score = tile.largest(counts[features])
+        found.add(token, feature + features.start, score)
+    pairs = scores.collect(found.pairs()).sort()
+    return pairs, None if thresholds is None else scores.share.everyones(passing[here])
+
+
+def pairs_above(scores: Scores, thresholds: Tensor) -> Matches:
+    """Return all pairs that are positive and above the threshold of their feature.
+
+    Args:
+        scores: Of all pairs.
+        thresholds: Shape (features,), or 0-d for one that holds for all.
 
     Returns:
         Pairs with their scores as values, sorted by token, then by feature.
     """
+    thresholds = thresholds.to(scores.device).expand(scores.shape[1])
     if scores.search is not None:
-        searched = scores.search.of_features(budgets, scores.thresholds)
-        if searched is not None:
-            pairs, scores.passing = searched
-            return pairs
-    found = Found(scores.shape, int(budgets[scores.share.here].sum()), scores.device)
-    for start, tile in scores.feature_tiles():
-        feature, token, score = tile.largest(budgets[start : start + len(tile.rows)])
-        found.add(token, feature + start, score)
+        return scores.search.above(thresholds).sort()
+    found = PairBuffer(scores.shape, len(scores), scores.device)  # a feature a token, or more
+    for features, tile in scores.feature_tiles():
+        feature, token, score = tile.above(thresholds[features])
+        found.add(token, feature + features.start, score)
     return scores.collect(found.pairs()).sort()

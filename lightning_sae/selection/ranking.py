@@ -1,7 +1,9 @@
-"""The largest entries of rows: of tokens for token choice, of features for feature choice."""
+"""The largest entries of rows, or the largest of pairs that were found; of equal ones the first."""
 
 import torch
 from torch import Tensor
+
+from lightning_sae.matches import Matches
 
 
 def kth_largest(rows: Tensor, counts: Tensor) -> Tensor:
@@ -63,3 +65,39 @@ def places(row: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         order = order[row[order].argsort(stable=True)]
     row = row[order]
     return order, torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+
+
+def largest_pairs(pairs: Matches, count: int) -> Matches:
+    """Return the `count` pairs of largest value; of equal ones those of the first tokens.
+
+    Args:
+        pairs: Sorted by feature, then by token.
+        count: From 0; all are returned if there are fewer.
+
+    Returns:
+        Pairs in the order they were in.
+    """
+    if count == 0 or count >= len(pairs):
+        return pairs.select(pairs.token.new_ones(len(pairs), dtype=torch.bool) & (count > 0))
+    cut = pairs.value.topk(count).values[-1]
+    chosen = pairs.value >= cut
+    surplus = int(chosen.sum()) - count
+    if surplus:  # equal ones: drop the last
+        tied = (pairs.value == cut).nonzero().squeeze(1)
+        chosen[tied[pairs.token[tied].argsort(stable=True)[-surplus:]]] = False
+    return pairs.select(chosen)
+
+
+def largest_pairs_of_each_token(pairs: Matches, count: int) -> Matches:
+    """Return the `count` pairs of largest value of each token; of equal ones the first features.
+
+    Args:
+        pairs: The features of each token ascend.
+        count: All are returned of a token that has fewer.
+
+    Returns:
+        Pairs sorted by token, then by feature.
+    """
+    counts = pairs.token.new_full(pairs.shape[:1], count)
+    pairs = pairs.select(among_largest(pairs.token, pairs.value, counts))
+    return pairs.select(pairs.token.argsort(stable=True))

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
-from lightning_sae.numerics import just_above
+from lightning_sae.numerics import wide
 from lightning_sae.parallel.share import Share
-from lightning_sae.selection.found import Found
 from lightning_sae.selection.search import Search
 from lightning_sae.selection.tile import BLOCK, Tile
 
@@ -28,12 +27,13 @@ class Scores(ABC):
     Where features are shared out over processes, each has tiles of its own features; what is found
     in them has to be collected.
 
-    Attributes:
-        shape: (tokens, features).
+    Args:
+        tokens: How many there are.
         share: Which of the features have their tiles here.
-        thresholds: If set, one a feature: then `passing` is counted whenever all tiles of features
-            are read.
-        passing: How many tokens score above each feature's threshold, int64, (features,).
+
+    Attributes:
+        shape: (tokens, features), features of all processes together.
+        share: As given.
         search: A faster way than tiles, where there is one, and all features are here.
     """
 
@@ -41,8 +41,6 @@ class Scores(ABC):
         self.shape = (tokens, share.features)
         self.share = share
         self.search: Search | None = None
-        self.thresholds: Tensor | None = None
-        self.passing: Tensor
 
     @property
     @abstractmethod
@@ -50,89 +48,64 @@ class Scores(ABC):
         """Where tiles are computed."""
 
     @abstractmethod
-    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
+    def feature_rows(self, features: slice, out: Tensor | None = None) -> Tensor:
         """Return the scores of some features, float32 or wider, contiguous, (features, tokens).
 
         Args:
             features: Numbered from the first that has its tiles here.
-            room: Scores of as many, returned before, that may be overwritten.
+            out: Scores of as many, returned before, that may be overwritten.
         """
 
     @abstractmethod
-    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+    def token_rows(self, tokens: slice, features: slice, out: Tensor | None = None) -> Tensor:
         """Return the scores of some pairs, float32 or wider, contiguous, (tokens, features).
 
         Args:
             tokens: Which.
             features: Numbered from the first that has its tiles here.
-            room: Scores of as many, returned before, that may be overwritten.
+            out: Scores of as many, returned before, that may be overwritten.
         """
 
     def dense(self) -> Tensor:
-        """Return all scores at once, shape (tokens, features)."""
-        return self.of_tokens(slice(0, self.shape[0]), slice(0, self._features))
+        """Return the scores of all pairs at once, shape (tokens, features).
+
+        Those of all features, also where they are shared out: then every process has to call this.
+        """
+        own = self.token_rows(slice(0, len(self)), slice(0, self._features_here))
+        return self.share.everyones(own.T).T.contiguous()
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def above(self, thresholds: Tensor) -> Matches:
-        """Return all pairs that are positive and above the threshold of their feature.
-
-        Args:
-            thresholds: Shape (features,), or 0-d for one that holds for all.
-
-        Returns:
-            Pairs with their scores as values, sorted by token, then by feature.
-
-        Raises:
-            FloatingPointError: If any score is NaN or infinite.
-        """
-        thresholds = thresholds.to(self.device).expand(self.shape[1])
-        if self.search is not None:
-            return self.search.above(thresholds).sort()
-        found = Found(self.shape, len(self), self.device)  # a feature a token, or more
-        for start, tile in self.feature_tiles():
-            bounds = just_above(thresholds[start : start + len(tile.rows)].to(tile.rows.dtype))
-            feature, token, score = tile.above(bounds)
-            found.add(token, feature + start, score)
-        return self.collect(found.pairs()).sort()
-
-    def collect(self, found: Matches) -> Matches:
+    def collect(self, pairs: Matches) -> Matches:
         """Return what all processes found among their features, the same on all of them.
 
         Returns:
             One after another: sorted by feature if each found them so.
         """
         if self.share.mesh is None:
-            return found
+            return pairs
         # In float64, numbers and scores are exact and travel together.
-        columns = (found.token, found.feature, found.value)
-        pairs = self.share.everyones(torch.stack([each.double() for each in columns], 1))
-        token, feature, value = pairs.unbind(1)
-        return Matches(token.long(), feature.long(), value.to(found.value), self.shape)
+        columns = (pairs.token, pairs.feature, pairs.value)
+        everyones = self.share.everyones(torch.stack([each.double() for each in columns], 1))
+        token, feature, value = everyones.unbind(1)
+        return Matches(token.long(), feature.long(), value.to(pairs.value), self.shape)
 
-    def feature_tiles(self) -> Iterator[tuple[int, Tile]]:
-        """Yield tiles whose rows are features, each with the number of its first feature.
+    def feature_tiles(self) -> Iterator[tuple[slice, Tile]]:
+        """Yield tiles whose rows are features, with the numbers of these features.
 
         A tile is gone when the next one is asked for.
 
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
-        first, here, tokens = self.share.here.start, self._features, self.shape[0]
-        # Made first: small tensors made between tiles would take the places of freed large ones.
-        passing = torch.zeros(here, dtype=torch.int64, device=self.device)
+        first, tokens = self.share.here.start, len(self)
         step = max(1, self._pairs // max(1, tokens))
-        spans = [(rows, slice(0, tokens)) for rows in _cut(here, step)]
+        spans = [(rows, slice(0, tokens)) for rows in _cut(self._features_here, step)]
         for (rows, _), tile in self._tiles(
-            spans, lambda span, room: self.of_features(span[0], room)
+            spans, lambda span, out: self.feature_rows(span[0], out)
         ):
-            if self.thresholds is not None:
-                thresholds = self.thresholds[first + rows.start : first + rows.stop]
-                passing[rows] = tile.count_above(thresholds)
-            yield first + rows.start, tile
-        if self.thresholds is not None:
-            self.passing = self.share.everyones(passing)
+            yield slice(first + rows.start, first + rows.stop), tile
 
     def token_tiles(self) -> Iterator[tuple[slice, int, Tile]]:
         """Yield tiles whose rows are tokens, with which tokens and the number of the first feature.
@@ -143,24 +116,23 @@ class Scores(ABC):
         Raises:
             FloatingPointError: After the last one, if any score is NaN or infinite.
         """
-        tokens, features = self.shape[0], self._features
+        tokens, features = len(self), self._features_here
         high = max(1, min(_TOKENS, tokens), self._pairs // max(1, features))
         wide = -(-max(1, self._pairs // high) // BLOCK) * BLOCK
         spans = [(rows, some) for rows in _cut(tokens, high) for some in _cut(features, wide)]
-        for (rows, some), tile in self._tiles(
-            spans, lambda span, room: self.of_tokens(*span, room)
-        ):
+        for (rows, some), tile in self._tiles(spans, lambda span, out: self.token_rows(*span, out)):
             yield rows, self.share.here.start + some.start, tile
 
     def _tiles(
         self, spans: list[_Span], compute: Callable[[_Span, Tensor | None], Tensor]
     ) -> Iterator[tuple[_Span, Tile]]:
         total = torch.zeros((), device=self.device)
-        room = None  # the first tile's, which is the largest
+        buffer = None  # the first tile's, which is the largest
         for span in spans:
             shape = [each.stop - each.start for each in span]
-            scores = compute(span, None if room is None else room[: math.prod(shape)].view(shape))
-            room = scores.view(-1) if room is None else room
+            out = None if buffer is None else buffer[: math.prod(shape)].view(shape)
+            scores = compute(span, out)
+            buffer = scores.view(-1) if buffer is None else buffer
             tile = Tile(scores)
             yield span, tile
             total = total + tile.maxima.sum()  # NaN or infinite if one of them is
@@ -168,7 +140,7 @@ class Scores(ABC):
             raise FloatingPointError("scores are not finite")
 
     @property
-    def _features(self) -> int:
+    def _features_here(self) -> int:
         """How many features have their tiles here."""
         return int(self.share.here.stop - self.share.here.start)
 
@@ -184,24 +156,31 @@ def _cut(length: int, step: int) -> list[slice]:
 
 
 class TensorScores(Scores):
-    """Scores that are in memory as one tensor (tokens, features) of any floating-point type."""
+    """Scores that are in memory as one tensor.
+
+    Args:
+        scores: Shape (tokens, features), of any floating-point type.
+
+    Raises:
+        ValueError: If it is not two-dimensional.
+    """
 
     def __init__(self, scores: Tensor) -> None:
         if scores.dim() != 2:
             raise UsageError(f"affinities must be (tokens, features), not {tuple(scores.shape)}")
         super().__init__(len(scores), Share((scores.shape[1],)))
         # Detached and widened: 16-bit scores would tie so often that a choice became arbitrary.
-        self._scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+        self._scores = wide(scores.detach())
 
     @property
     def device(self) -> torch.device:
         """Where the tensor is."""
         return self._scores.device
 
-    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
+    def feature_rows(self, features: slice, out: Tensor | None = None) -> Tensor:
         """Return a transposed copy of some columns."""
         return self._scores[:, features].T.contiguous()
 
-    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+    def token_rows(self, tokens: slice, features: slice, out: Tensor | None = None) -> Tensor:
         """Return some rows and columns."""
         return self._scores[tokens, features].contiguous()

@@ -35,14 +35,14 @@ class Search(ABC):
 
     @abstractmethod
     def block_maxima(
-        self, rows: slice, thresholds: Tensor | None = None, *, of_tokens: bool
+        self, rows: slice, thresholds: Tensor | None = None, *, rows_are_tokens: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the maxima of blocks of some rows, and how many tokens pass thresholds.
+        """Return the maxima of blocks of some rows, and how many tokens are above thresholds.
 
         Args:
             rows: Tokens, or features.
             thresholds: If given, one a feature, float32, shape (features,).
-            of_tokens: Whether rows are tokens, else features.
+            rows_are_tokens: Whether rows are tokens, else features.
 
         Returns:
             Shape (rows, blocks), and of each feature the count, shape (rows,), if rows are features
@@ -50,31 +50,38 @@ class Search(ABC):
         """
 
     @abstractmethod
-    def pairs_above(self, bounds: Tensor, most: int | None = None) -> Pairs | None:
-        """Return all pairs that score above a bound, sorted by feature, then by token.
+    def pairs_above(self, thresholds: Tensor, most: int | None = None) -> Pairs | None:
+        """Return all pairs that score above a threshold, sorted by feature, then by token.
 
         Args:
-            bounds: Float32, one a feature, shape (features,), or one a token, shape (tokens, 1).
-            most: If given, nothing is returned if more are found, and more than there is room for.
+            thresholds: Float32, one a feature, shape (features,), or one a token, (tokens, 1).
+            most: If given, nothing is returned if more are found, and more than a buffer holds.
         """
 
-    def above(self, bounds: Tensor) -> Matches:
-        """Return all pairs that are positive and above a bound, sorted by feature, then by token.
+    def above(self, thresholds: Tensor) -> Matches:
+        """Return all pairs that are positive and above a threshold.
 
         Args:
-            bounds: One a feature, shape (features,), one a token, shape (tokens, 1), or one for
+            thresholds: One a feature, shape (features,), one a token, shape (tokens, 1), or one for
                 all, shape (1,). Nothing is above NaN.
 
-        Raises:
-            FloatingPointError: If any score is NaN, or infinite and above its bound.
-        """
-        return cast(Matches, self._above(bounds))  # no number of pairs is too many
+        Returns:
+            Pairs sorted by feature, then by token.
 
-    def _above(self, bounds: Tensor, most: int | None = None) -> Matches | None:
-        if bounds.dim() == 1:
-            bounds = bounds.expand(self.shape[1])
-        bounds = bounds.float().masked_fill(bounds.isnan(), torch.inf).clamp_min(_NOTHING)
-        found = self.pairs_above(bounds, most)
+        Raises:
+            FloatingPointError: If any score is NaN, or infinite and above its threshold.
+        """
+        return cast(Matches, self._above(thresholds))  # no number of pairs is too many
+
+    def at_least(self, bounds: Tensor) -> Matches:
+        """Return as `above` all pairs that are positive and at least their bound."""
+        return self.above(just_below(bounds))
+
+    def _above(self, thresholds: Tensor, most: int | None = None) -> Matches | None:
+        if thresholds.dim() == 1:
+            thresholds = thresholds.expand(self.shape[1])
+        thresholds = thresholds.float().masked_fill(thresholds.isnan(), torch.inf)
+        found = self.pairs_above(thresholds.clamp_min(_NOTHING), most)
         if found is None:
             return None
         token, feature, score = found
@@ -82,56 +89,57 @@ class Search(ABC):
             raise FloatingPointError("scores are not finite")
         return Matches(token, feature, score, self.shape)
 
-    def of_batch(self, budget: int, guess: float | None = None) -> Matches | None:
+    def candidates_of_batch(self, budget: int, guess: float | None = None) -> Matches | None:
         """Return pairs that hold the `budget` largest of all; None if tiles find them sooner.
 
         Args:
             budget: How many pairs are wanted.
-            guess: If given, what is at or above it is returned, budget or not, unless it is far
-                more than the budget.
+            guess: If given, what is at least this is returned, budget or not, unless it is far more
+                than the budget.
         """
         if guess is not None:
-            bound = just_below(torch.tensor([guess], device=self.device))
-            found = self._above(bound, most=2 * budget)
+            bound = torch.tensor([guess], device=self.device)
+            found = self._above(just_below(bound), most=2 * budget)
             if found is not None:
                 return found
         largest, blocks = [], 0
-        for rows in self._parts(of_tokens=False):
-            maxima = self.block_maxima(rows, of_tokens=False)[0].flatten()
+        for rows in self._parts(rows_are_tokens=False):
+            maxima = self.block_maxima(rows, rows_are_tokens=False)[0].flatten()
             largest.append(maxima.topk(min(budget, len(maxima))).values)
             blocks += len(maxima)
         if not 0 < budget <= blocks * _CROWDED:
             return None
         bound = torch.cat(largest).topk(budget).values[-1:]
-        return self.above(just_below(bound))
+        return self.at_least(bound)
 
-    def of_tokens(self, count: int) -> Matches | None:
+    def largest_of_each_token(self, count: int) -> Matches | None:
         """Return the `count` largest of each token; None if tiles find them sooner."""
         bounds = [torch.empty(0, 1, device=self.device)]
-        for rows in self._parts(of_tokens=True):
-            maxima, _ = self.block_maxima(rows, of_tokens=True)
+        for rows in self._parts(rows_are_tokens=True):
+            maxima, _ = self.block_maxima(rows, rows_are_tokens=True)
             if count > maxima.shape[1] * _CROWDED:
                 return None
             bounds.append(maxima.topk(count, dim=1).values[:, -1:])
-        found = self.above(just_below(torch.cat(bounds)))
+        found = self.at_least(torch.cat(bounds))
         counts = found.token.new_full((self.shape[0],), count)
         return found.select(among_largest(found.token, found.value, counts)).sort()
 
-    def of_features(
-        self, counts: Tensor, thresholds: Tensor | None
-    ) -> tuple[Matches, Tensor] | None:
-        """Return the largest of each feature, and how many tokens pass its threshold.
+    def largest_of_each_feature(
+        self, counts: Tensor, thresholds: Tensor | None = None
+    ) -> tuple[Matches, Tensor | None] | None:
+        """Return the largest of each feature, and how many tokens are above its threshold.
 
         Args:
             counts: How many of each feature, int64, shape (features,).
             thresholds: As for `block_maxima`.
 
         Returns:
-            None if tiles find them sooner.
+            Pairs, and numbers of tokens, int64, shape (features,), if thresholds are given; None if
+            tiles find them sooner.
         """
         bounds, passing = [], []
-        for rows in self._parts(of_tokens=False):
-            maxima, passed = self.block_maxima(rows, thresholds, of_tokens=False)
+        for rows in self._parts(rows_are_tokens=False):
+            maxima, passed = self.block_maxima(rows, thresholds, rows_are_tokens=False)
             blocks, wanted = maxima.shape[1], counts[rows]
             if int((wanted > blocks * _CROWDED).sum()) > len(wanted) / 64:
                 return None
@@ -139,12 +147,13 @@ class Search(ABC):
             bound = kth_largest(maxima, wanted.clamp(max=blocks)).masked_fill(wanted > blocks, 0)
             bounds.append(bound)
             passing.append(passed)
-        found = self.above(just_below(torch.cat(bounds)))
+        found = self.at_least(torch.cat(bounds))
         chosen = among_largest(found.feature, found.value, counts)
-        return found.select(chosen).sort(), torch.cat(passing)
+        counted = None if thresholds is None else torch.cat(passing).long()
+        return found.select(chosen).sort(), counted
 
-    def _parts(self, *, of_tokens: bool) -> Iterator[slice]:
-        rows, columns = self.shape if of_tokens else self.shape[::-1]
+    def _parts(self, *, rows_are_tokens: bool) -> Iterator[slice]:
+        rows, columns = self.shape if rows_are_tokens else self.shape[::-1]
         step = max(1, _PAIRS // max(1, columns))
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))

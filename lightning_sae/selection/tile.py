@@ -15,8 +15,8 @@ BLOCK = 32  # entries; with larger blocks more entries pass a bound, with smalle
 class Tile:
     """Rows of scores, each cut into blocks whose maxima are known.
 
-    A block whose maximum is below a bound has no entry above it. And since each block maximum is an
-    entry, the k-th largest of them is a lower bound of the k-th largest entry.
+    A block whose maximum is below a bound has no entry at or above it. And since each block maximum
+    is an entry, the k-th largest of them is a lower bound of the k-th largest entry.
 
     Args:
         rows: Scores, contiguous, shape (rows, columns).
@@ -31,8 +31,8 @@ class Tile:
         self._blocks = rows.view(len(rows), rows.shape[1] // self._size, self._size)
         self.maxima = self._blocks.amax(2) if self._size > 1 else rows
 
-    def above(self, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the entries that are positive and at or above the bounds of their rows.
+    def at_least(self, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the entries that are positive and at least the bounds of their rows.
 
         Args:
             bounds: Shape (rows,), or 0-d for one that holds for all.
@@ -46,11 +46,15 @@ class Tile:
         each, place = (picked >= bounds[row].unsqueeze(1)).nonzero(as_tuple=True)
         return row[each], block[each] * self._size + place, picked[each, place]
 
+    def above(self, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the entries that are positive and above the thresholds (rows,) of their rows."""
+        return self.at_least(just_above(thresholds.to(self.rows.dtype)))
+
     def count_above(self, thresholds: Tensor) -> Tensor:
         """Return how many entries of each row are positive and above its threshold, int64."""
-        thresholds = just_above(thresholds.to(self.rows.dtype)).clamp_min(self._least)
-        row, block = (self.maxima >= thresholds.unsqueeze(1)).nonzero(as_tuple=True)
-        counts = (self._pick(row, block) >= thresholds[row].unsqueeze(1)).sum(1)
+        bounds = just_above(thresholds.to(self.rows.dtype)).clamp_min(self._least)
+        row, block = (self.maxima >= bounds.unsqueeze(1)).nonzero(as_tuple=True)
+        counts = (self._pick(row, block) >= bounds[row].unsqueeze(1)).sum(1)
         return counts.new_zeros(len(self.rows)).index_add_(0, row, counts)
 
     def largest(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +66,7 @@ class Tile:
         Returns:
             Row, column and score of each, shape (entries,), by row and then by column.
         """
-        row, column, score = self.above(self._bounds(counts))
+        row, column, score = self.at_least(self._bounds(counts))
         surplus = torch.bincount(row, minlength=len(counts)) > counts
         crowded = surplus[row].nonzero().squeeze(1)
         chosen = torch.ones_like(row, dtype=torch.bool)

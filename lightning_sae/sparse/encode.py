@@ -10,8 +10,7 @@ from torch.autograd.function import once_differentiable
 from lightning_sae.kernels import block_maxima, has_kernel, pairs_above
 from lightning_sae.matches import Matches, Pairs
 from lightning_sae.parallel.share import Share
-from lightning_sae.selection.scores import Scores
-from lightning_sae.selection.search import Search
+from lightning_sae.selection import Scores, Search
 from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
@@ -50,10 +49,10 @@ class EncoderScores(Scores):
         """Where the inputs are."""
         return self._x.device
 
-    def of_features(self, features: slice, room: Tensor | None = None) -> Tensor:
+    def feature_rows(self, features: slice, out: Tensor | None = None) -> Tensor:
         """Return the scores of some features, shape (features, tokens)."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            affinities = torch.mm(self._weight[features], self._x.T, out=room)
+            affinities = torch.mm(self._weight[features], self._x.T, out=out)
             affinities += self._bias[features].unsqueeze(1)
             if self._scale is not None:
                 affinities *= self._scale
@@ -62,10 +61,10 @@ class EncoderScores(Scores):
             everyone = slice(0, len(self._x))
             return self._rank(affinities.T, everyone, features).T.contiguous()
 
-    def of_tokens(self, tokens: slice, features: slice, room: Tensor | None = None) -> Tensor:
+    def token_rows(self, tokens: slice, features: slice, out: Tensor | None = None) -> Tensor:
         """Return the scores of some pairs, shape (tokens, features)."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            affinities = torch.mm(self._x[tokens], self._weight[features].T, out=room)
+            affinities = torch.mm(self._x[tokens], self._weight[features].T, out=out)
             affinities += self._bias[features]
             if self._scale is not None:
                 affinities *= self._scale[tokens].unsqueeze(1)
@@ -81,21 +80,21 @@ class KernelSearch(Search):
         super().__init__((len(x), len(weight)), x.device)
         self._x, self._weight, self._bias, self._scale = x, weight, bias, scale
 
-    def pairs_above(self, bounds: Tensor, most: int | None = None) -> Pairs | None:
-        """Return all pairs that score above a bound."""
-        return pairs_above(self._x, self._weight, self._bias, self._scale, bounds, most)
+    def pairs_above(self, thresholds: Tensor, most: int | None = None) -> Pairs | None:
+        """Return all pairs that score above a threshold."""
+        return pairs_above(self._x, self._weight, self._bias, self._scale, thresholds, most)
 
     def block_maxima(
-        self, rows: slice, thresholds: Tensor | None = None, *, of_tokens: bool
+        self, rows: slice, thresholds: Tensor | None = None, *, rows_are_tokens: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the maxima of blocks of some rows, and how many tokens pass thresholds."""
+        """Return the maxima of blocks of some rows, and how many tokens are above thresholds."""
         x, weight, bias, scale = self._x, self._weight, self._bias, self._scale
-        if of_tokens:
+        if rows_are_tokens:
             x, scale = x[rows], None if scale is None else scale[rows]
         else:
             weight, bias = weight[rows], bias[rows]
             thresholds = None if thresholds is None else thresholds[rows].clamp_min(0).float()
-        return block_maxima(x, weight, bias, scale, thresholds, of_tokens=of_tokens)
+        return block_maxima(x, weight, bias, scale, thresholds, rows_are_tokens=rows_are_tokens)
 
 
 def matched_affinities(

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_sae.allocation import Matches, matches_where
+from lightning_sae.matches import Matches
 from lightning_sae.metrics import FeatureDensity
+from tests.helpers.matches import matches_where
 
 D_MODEL, N_FEATURES, TOKENS = 4, 40, 30  # of a batch
 LENGTH = 6  # of a context

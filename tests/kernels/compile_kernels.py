@@ -51,4 +51,4 @@ for capability, dtype in (
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         pairs_above(table, table, numbers, None, numbers.float())
-        block_maxima(table, table, numbers, numbers.float(), numbers.float(), of_tokens=False)
+        block_maxima(table, table, numbers, numbers.float(), numbers.float(), rows_are_tokens=False)

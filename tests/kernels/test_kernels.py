@@ -134,7 +134,9 @@ def inputs(draw: st.DrawFn) -> Inputs:
     """Inputs, encoder, and what affinities of each token are multiplied by."""
     torch.manual_seed(draw(st.integers(0, 99)))
     tokens = draw(st.sampled_from([0, 1, 2, 127, 128, 130]))
-    features = draw(st.sampled_from([0, 1, 3, 64, 65, 128, 129, 300]))  # 300: room may run out
+    features = draw(
+        st.sampled_from([0, 1, 3, 64, 65, 128, 129, 300])
+    )  # 300: more than a buffer holds
     width = draw(st.sampled_from([1, 5, 32, 33, 64, 70]))
     # The interpreter multiplies the bits of bfloat16 matrices, as integers.
     dtype = draw(st.sampled_from(DTYPES if GPU else [torch.float32, torch.float16]))
@@ -184,12 +186,12 @@ class TestPairsAbove:
 
 class TestBlockMaxima:
     @settings(max_examples=25, deadline=None)
-    @given(given=inputs(), of_tokens=st.booleans())
-    def test_equals_torch(self, given: Inputs, of_tokens: bool):
+    @given(given=inputs(), rows_are_tokens=st.booleans())
+    def test_equals_torch(self, given: Inputs, rows_are_tokens: bool):
         scores = scores_slowly(*given)
         thresholds = integers(scores.shape[1])
-        found, counts = maxima.block_maxima(*given, thresholds, of_tokens=of_tokens)
-        rows = scores if of_tokens else scores.T
+        found, counts = maxima.block_maxima(*given, thresholds, rows_are_tokens=rows_are_tokens)
+        rows = scores if rows_are_tokens else scores.T
         padded = scores.new_full((len(rows), 32 * found.shape[1]), -torch.inf)
         padded[:, : rows.shape[1]] = rows
         assert torch.equal(found, padded.unflatten(1, (found.shape[1], 32)).amax(2))
@@ -199,7 +201,7 @@ class TestBlockMaxima:
         torch.manual_seed(0)
         x, weight = torch.randn(300, 70, device=DEVICE), torch.randn(200, 70, device=DEVICE)
         bias, scale = torch.randn(200, device=DEVICE), torch.rand(300, device=DEVICE)
-        found, _ = maxima.block_maxima(x, weight, bias, scale, of_tokens=True)
+        found, _ = maxima.block_maxima(x, weight, bias, scale, rows_are_tokens=True)
         below = torch.full((200,), -torch.inf, device=DEVICE)
         _, _, score = pairs.pairs_above(x, weight, bias, scale, below)
         blocks = score.view(200, 300).T[:, :192].reshape(300, 6, 32)

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sae.allocation import matches_where
 from lightning_sae.metrics import L0, DeadFeatures, FeatureDensity, L0StandardDeviation
 from lightning_sae.metrics.base import TotalsMetric
+from tests.helpers.matches import matches_where
 from tests.metrics.samples import N_FEATURES, sample
 
 

@@ -6,6 +6,7 @@ import torch
 from lightning_sae.allocation import (
     Matches,
     feature_choice,
+    feature_choice_counting,
     mutual_choice,
     threshold_choice,
     token_choice,
@@ -56,8 +57,8 @@ def test_scores_are_the_dense_affinities():
     dense = x @ weight.T + bias
     scores = EncoderScores(x, weight, bias)
     torch.testing.assert_close(scores.dense(), dense)
-    torch.testing.assert_close(scores.of_tokens(slice(3, 9), slice(2, 5)), dense[3:9, 2:5])
-    torch.testing.assert_close(scores.of_features(slice(4, 8)), dense[:, 4:8].T)
+    torch.testing.assert_close(scores.token_rows(slice(3, 9), slice(2, 5)), dense[3:9, 2:5])
+    torch.testing.assert_close(scores.feature_rows(slice(4, 8)), dense[:, 4:8].T)
 
 
 def test_scores_can_be_something_else_than_affinities():
@@ -66,9 +67,9 @@ def test_scores_can_be_something_else_than_affinities():
     scores = EncoderScores(x, weight, bias, by_token.squeeze(1), lambda a, _, i: a * by_feature[i])
     dense = (x @ weight.T + bias) * by_token * by_feature
     torch.testing.assert_close(scores.dense(), dense)
-    torch.testing.assert_close(scores.of_tokens(slice(3, 9), slice(2, 5)), dense[3:9, 2:5])
-    torch.testing.assert_close(scores.of_features(slice(4, 8)), dense[:, 4:8].T)
-    assert scores.of_features(slice(4, 8)).is_contiguous()
+    torch.testing.assert_close(scores.token_rows(slice(3, 9), slice(2, 5)), dense[3:9, 2:5])
+    torch.testing.assert_close(scores.feature_rows(slice(4, 8)), dense[:, 4:8].T)
+    assert scores.feature_rows(slice(4, 8)).is_contiguous()
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +94,6 @@ def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPa
     use_kernels(monkeypatch)
     by_kernels = EncoderScores(x, weight, bias, scale)
     assert by_kernels.search is not None
-    for scores in (by_kernels, by_tiles):
-        scores.thresholds = torch.arange(features) - 20.0
     budgets = torch.arange(features) % 4
     cut = mutual_choice(by_tiles, 200).value.min().item()
     for choose in (
@@ -120,7 +119,13 @@ def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPa
         assert torch.equal(found.feature, expected.feature)
         for one, other in zip(found.by_feature, expected.by_feature, strict=True):
             assert torch.equal(one, other)
-    assert torch.equal(by_kernels.passing, by_tiles.passing)
+    thresholds = torch.arange(features) - 20.0
+    for given in (budgets, 50 * (budgets == 1) + 0 * budgets):
+        one, other = (
+            feature_choice_counting(scores, given, thresholds) for scores in (by_kernels, by_tiles)
+        )
+        assert torch.equal(one.passing, other.passing)
+        assert torch.equal(one.matches.to_dense(), other.matches.to_dense())
     with pytest.raises(FloatingPointError):
         threshold_choice(EncoderScores(x, weight * torch.nan, bias), 5.0)
 
@@ -143,12 +148,12 @@ def test_a_useless_guess_does_not_fill_the_memory(
     monkeypatch.setattr(pairs, "PAIRS_A_TOKEN", 4)
     x, weight, bias = torch.randn(200, 5), torch.randn(150, 5), torch.randn(150)
     scores = EncoderScores(x, weight, bias)
-    rooms = []
+    capacities = []
     search = pairs._search
-    monkeypatch.setattr(pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
+    monkeypatch.setattr(pairs, "_search", lambda *a: capacities.append(a[-1]) or search(*a))
     found = mutual_choice(scores, 500, guess=1e-3)
     torch.testing.assert_close(found.to_dense(), mutual_choice(scores.dense(), 500).to_dense())
-    assert max(rooms) < 1500  # of 15,000
+    assert max(capacities) < 1500  # of 15,000
 
 
 def test_weights_that_are_not_numbers_do_not_fill_the_memory(
@@ -156,12 +161,12 @@ def test_weights_that_are_not_numbers_do_not_fill_the_memory(
 ):
     monkeypatch.setattr(pairs, "PAIRS_A_TOKEN", 4)
     x, weight, bias = torch.randn(200, 5), torch.randn(150, 5) * torch.nan, torch.randn(150)
-    rooms = []
+    capacities = []
     search = pairs._search
-    monkeypatch.setattr(pairs, "_search", lambda *a: rooms.append(a[-1]) or search(*a))
+    monkeypatch.setattr(pairs, "_search", lambda *a: capacities.append(a[-1]) or search(*a))
     with pytest.raises(FloatingPointError):
         threshold_choice(EncoderScores(x, weight, bias), 0.0)
-    assert rooms == [800]
+    assert capacities == [800]
 
 
 def test_dot_rows_are_entries_of_the_product(monkeypatch: pytest.MonkeyPatch):

@@ -1,28 +1,33 @@
 """What ranks choose together against a brute force on all their tokens."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sae.allocation import feature_choice, midpoint_thresholds, mutual_choice, over_ranks
-from lightning_sae.allocation.over_ranks import (
-    feature_choice_over_ranks,
-    midpoint_thresholds_over_ranks,
-    mutual_choice_over_ranks,
+from lightning_sae.allocation import (
+    feature_choice,
+    feature_choice_counting,
+    midpoint_thresholds,
+    mutual_choice,
 )
-from tests.allocation.test_choices import affinities, brute_force
+from lightning_sae.parallel import Ranks
+from tests.allocation.brute_force import affinities, by_batch, by_feature, midpoints
 from tests.helpers.ddp import run_on
+
+Chosen = tuple[Tensor, Tensor, Tensor]
 
 
 def choose(
-    rank: int, parts: list[Tensor], budget: int, budgets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    mine = parts[rank]
-    by_feature = feature_choice_over_ranks(mine, budgets)
-    thresholds = midpoint_thresholds_over_ranks(mine, budgets)
-    return by_feature.to_dense(), mutual_choice_over_ranks(mine, budget).to_dense(), thresholds
+    rank: int, parts: list[Tensor], budget: int, budgets: Tensor, ranks: Ranks | None = None
+) -> Chosen:
+    ranks, mine = ranks or Ranks(), parts[rank]
+    chosen_by_feature = feature_choice(mine, budgets, ranks=ranks).to_dense()
+    thresholds = midpoint_thresholds(mine, budgets, ranks=ranks)
+    return chosen_by_feature, mutual_choice(mine, budget, ranks=ranks).to_dense(), thresholds
 
 
 def check(ranks: int, scores: Tensor, data: st.DataObject) -> None:
@@ -31,15 +36,13 @@ def check(ranks: int, scores: Tensor, data: st.DataObject) -> None:
     parts = list(scores.tensor_split(sorted(ends)))  # uneven, and some ranks may have none
     budget = data.draw(st.integers(0, tokens * features))
     budgets = data.draw(st.lists(st.integers(0, tokens), min_size=features, max_size=features))
-    by_batch = brute_force(scores, [[0] * features] * tokens, [budget])
-    by_feature = brute_force(scores, [list(range(features))] * tokens, budgets)
-    midpoints = midpoint_thresholds(scores, feature_choice(scores, torch.tensor(budgets)))
+    expected = midpoints(scores, feature_choice(scores, torch.tensor(budgets)))
 
     results = run_on(ranks, choose, parts, budget, torch.tensor(budgets))
-    assert torch.equal(torch.cat([each[0] for each in results]), by_feature)
-    assert torch.equal(torch.cat([each[1] for each in results]), by_batch)
+    assert torch.equal(torch.cat([each[0] for each in results]), by_feature(scores, budgets))
+    assert torch.equal(torch.cat([each[1] for each in results]), by_batch(scores, budget))
     for _, _, thresholds in results:
-        assert torch.equal(thresholds, midpoints)
+        assert torch.equal(thresholds, expected)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -54,22 +57,23 @@ def test_four_ranks_choose_as_one_would(scores: Tensor, data: st.DataObject):
     check(4, scores, data)
 
 
+@dataclass(frozen=True)
+class Counting(Ranks):
+    """Ranks that note how many rows this one sends at a time."""
+
+    sent: list[int] = field(default_factory=list)
+
+    def all_gather(self, rows: Tensor) -> list[Tensor]:
+        self.sent.append(len(rows))
+        return super().all_gather(rows)
+
+
 def choose_and_count(
     rank: int, parts: list[Tensor], budget: int, budgets: Tensor
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Choose, and count the candidates that the rank sends at a time."""
-    gather, sent = over_ranks.gather_over_ranks, []
-
-    def counting(rows: Tensor) -> list[Tensor]:
-        sent.append(len(rows))
-        return gather(rows)
-
-    over_ranks.gather_over_ranks = counting
-    try:
-        by_feature, by_batch, _ = choose(rank, parts, budget, budgets)
-    finally:
-        over_ranks.gather_over_ranks = gather
-    return by_batch, by_feature, sent
+    ranks = Counting()
+    chosen_by_feature, chosen_by_batch, _ = choose(rank, parts, budget, budgets, ranks)
+    return chosen_by_batch, chosen_by_feature, ranks.sent
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -84,6 +88,7 @@ def test_large_batches_take_small_messages(alike: bool):
     assert torch.equal(found[0], mutual_choice(scores, budget).to_dense())
     assert torch.equal(found[1], feature_choice(scores, budgets).to_dense())
     for _, _, (*for_features, for_batch) in results:  # features choose, and set thresholds
+        assert len(for_features) == 3
         if alike:  # of 65,536 pairs on each rank
             assert for_batch < 2 * budget**0.5
             assert max(for_features) < 2 * (budgets + 1).sqrt().sum()
@@ -92,10 +97,32 @@ def test_large_batches_take_small_messages(alike: bool):
             assert max(for_features) <= (budgets + 1).sum()
 
 
+def choose_in_other_ways(rank: int, parts: list[Tensor]) -> list[Tensor]:
+    mine, ranks = parts[rank], Ranks()
+    budgets = torch.full((mine.shape[1],), 5)
+    counted = feature_choice_counting(mine, budgets, torch.full_like(mine[0], 0.5), ranks=ranks)
+    assert torch.equal(
+        counted.matches.to_dense(), feature_choice(mine, budgets, ranks=ranks).to_dense()
+    )
+    guessed = [mutual_choice(mine, 40, guess, ranks=ranks).to_dense() for guess in (0.1, 1.0, 9.0)]
+    return [counted.passing, feature_choice(mine, budgets).to_dense(), *guessed]
+
+
+def test_ranks_count_their_own_tokens_and_choose_alone_unless_told():
+    scores = torch.randn(24, 10, generator=torch.Generator().manual_seed(5))
+    parts = list(scores.split([8, 16]))
+    results = run_on(2, choose_in_other_ways, parts)
+    for mine, (passing, alone, *_) in zip(parts, results, strict=True):
+        assert torch.equal(passing, (mine > 0.5).sum(0))
+        assert torch.equal(alone, by_feature(mine, [5] * 10))
+    for guessed in zip(*(each[2:] for each in results), strict=True):
+        assert torch.equal(torch.cat(guessed), by_batch(scores, 40))
+
+
 IMPOSSIBLE = [
-    (10, [1, 1, 1], "budgets from 10 to 10 are out of range: each is of 9 pairs on 2 ranks"),
-    (-1, [1, 1, 1], "budgets from -1 to -1 are out of range: each is of 9 pairs on 2 ranks"),
-    (9, [0, 4, 1], "budgets from 0 to 4 are out of range: each is of 3 pairs on 2 ranks"),
+    (10, [1, 1, 1], "budget=10 is out of range: the batch has 9 pairs on 2 ranks"),
+    (-1, [1, 1, 1], "budget=-1 is out of range: the batch has 9 pairs on 2 ranks"),
+    (9, [0, 4, 1], "budgets from 0 to 4 are out of range: the batch has 3 tokens on 2 ranks"),
     (9, [1, 1], "budgets must be 3 integers, one a feature, not torch.int64 of shape (2,)"),
     (9, [1.0, 1.0, 1.0], "budgets must be 3 integers, one a feature, not torch.float32 of shape"),
 ]
@@ -104,7 +131,7 @@ IMPOSSIBLE = [
 def messages_of_rank(rank: int) -> list[str]:
     messages = []
     for budget, budgets, _ in IMPOSSIBLE:
-        with pytest.raises(ValueError, match="budgets") as raised:
+        with pytest.raises(ValueError, match="budget") as raised:
             choose(rank, [torch.ones(1, 3), torch.ones(2, 3)], budget, torch.tensor(budgets))
         messages.append(str(raised.value))
     return messages

@@ -1,4 +1,4 @@
-"""Pairs that are found a few at a time."""
+"""Memory for pairs that are found a few at a time."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_sae.matches import Matches, Pairs
 
 
-class Found:
+class PairBuffer:
     """Pairs that are found a few at a time, collected in memory made in advance.
 
     Kept as they come, these small tensors, made between large ones that come and go, would leave
@@ -14,15 +14,15 @@ class Found:
 
     Args:
         shape: (tokens, features) of what they are found in.
-        room: How many are expected; there may be more.
+        capacity: How many are expected; there may be more.
         device: Where they are.
     """
 
-    def __init__(self, shape: tuple[int, int], room: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], capacity: int, device: torch.device) -> None:
         self.shape = shape
         number = torch.empty(0, dtype=torch.int64, device=device)
         self._columns: Pairs = (number, number, number.float())
-        self._room = room
+        self._capacity = capacity
         self._count = 0
 
     def __len__(self) -> int:
@@ -32,13 +32,18 @@ class Found:
         """Add pairs, shape (pairs,) each, behind those that are there."""
         start, self._count = self._count, self._count + len(token)
         if self._count > len(self._columns[0]) or value.dtype != self._columns[2].dtype:
-            self._room = max(self._room, self._count)
+            self._capacity = max(self._capacity, self._count)
             there = self._columns
-            room = (self._room,)
-            self._columns = (token.new_empty(room), feature.new_empty(room), value.new_empty(room))
+            size = (self._capacity,)
+            self._columns = (token.new_empty(size), feature.new_empty(size), value.new_empty(size))
             self._write(0, *(column[:start] for column in there))
-            self._room *= 2
+            self._capacity *= 2
         self._write(start, token, feature, value)
+
+    def replace(self, pairs: Matches) -> None:
+        """Forget all pairs, and add others."""
+        self.clear()
+        self.add(pairs.token, pairs.feature, pairs.value)
 
     def clear(self) -> None:
         """Forget all pairs."""

@@ -1,0 +1,82 @@
+"""Threshold choice: a token takes what is above thresholds, which stand for a batch at inference.
+
+Source of the idea: Bussmann et al. 2024 (BatchTopK, arXiv 2412.06410), who have one threshold for
+all features. One a feature, as `midpoint_thresholds` finds them for feature choice, is
+reconstructed: how Ayonrinde 2024 (arXiv 2411.02124) infers without a batch is not known to us.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_sae.allocation.across_ranks import among_largest_of_all, total_length
+from lightning_sae.allocation.affinities import Affinities, as_scores, valued
+from lightning_sae.allocation.feature_choice import feature_choice, require_budgets
+from lightning_sae.matches import Matches
+from lightning_sae.parallel import Ranks
+from lightning_sae.selection import pairs_above
+
+
+def threshold_choice(affinities: Affinities, threshold: Tensor | float) -> Matches:
+    """Take every pair whose affinity is above a threshold.
+
+    Args:
+        affinities: Encoder outputs before allocation, shape (tokens, features).
+        threshold: One number, or one a feature, shape (features,). Negative ones act as zero.
+
+    Raises:
+        ValueError: If the affinities are not two-dimensional.
+        FloatingPointError: If an affinity is NaN or infinite.
+
+    Example:
+        >>> threshold_choice(torch.tensor([[3.0, 1.0, -1.0]]), -2.0).to_dense()
+        tensor([[3., 1., 0.]])
+    """
+    return valued(pairs_above(as_scores(affinities), torch.as_tensor(threshold)), affinities)
+
+
+def midpoint_thresholds(
+    affinities: Affinities, budgets: Tensor, *, ranks: Ranks | None = None
+) -> Tensor:
+    """Return, for each feature, the midpoint of its last chosen and first rejected affinity.
+
+    As a threshold the last chosen affinity would fire too rarely on new tokens and the first
+    rejected one too often; the midpoint is close to unbiased. A feature that chose every token
+    gets its last chosen affinity, and one that chose none its first rejected affinity. Never
+    negative. No gradient.
+
+    Args:
+        affinities: What is chosen from, shape (tokens, features).
+        budgets: As in `feature_choice`.
+        ranks: As in `feature_choice`.
+
+    Returns:
+        Shape (features,), float32 or wider, the same on all ranks.
+
+    Raises:
+        ValueError: If a budget is out of range, or the shapes do not fit.
+        FloatingPointError: If an affinity of this rank is NaN or infinite.
+
+    Example:
+        >>> affinities = torch.tensor([[4.0, 1.0], [2.0, 3.0]])
+        >>> midpoint_thresholds(affinities, torch.tensor([1, 2]))
+        tensor([3., 1.])
+    """
+    scores = as_scores(affinities)
+    tokens = total_length(scores, ranks)
+    require_budgets(budgets, scores.shape[1], tokens, ranks)
+    # The first that is rejected is the last of one more.
+    found = feature_choice(scores, (budgets + 1).clamp(max=tokens), ranks=ranks)
+    chosen = among_largest_of_all(
+        found.feature, found.value, budgets, ranks, own_tokens=len(scores), all_tokens=tokens
+    )
+    choice, rejects = found.select(chosen), found.select(~chosen)
+    last = found.value.new_full((scores.shape[1],), torch.inf)
+    last = last.scatter_reduce(0, choice.feature, choice.value, "amin")
+    # Tokens turned down for want of a positive affinity are not among those found: zero.
+    first = torch.zeros_like(last).scatter_reduce(0, rejects.feature, rejects.value, "amax")
+    taken = choice.per_feature()
+    if ranks is not None:
+        last, first = ranks.all_reduce(last, "min"), ranks.all_reduce(first, "max")
+        taken = ranks.all_reduce(taken)
+    last = torch.where(last.isinf(), first, last)
+    return (last + torch.where(taken == tokens, last, first)) / 2
