@@ -1,5 +1,6 @@
 """Metrics of sparse autoencoders for torchmetrics: usable with Lightning, in a loop, or alone."""
 
+from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.metrics.correlation import Correlation
 from lightning_sae.metrics.dead import DeadFeatures
 from lightning_sae.metrics.density import FeatureDensity
@@ -7,7 +8,7 @@ from lightning_sae.metrics.fraction_of_variance_unexplained import FractionOfVar
 from lightning_sae.metrics.l0 import L0, L0StandardDeviation
 from lightning_sae.metrics.loss_recovered import LossRecovered, loss_recovered
 from lightning_sae.metrics.next_token_losses import next_token_losses
-from lightning_sae.metrics.zipf import zipf_statistics
+from lightning_sae.metrics.zipf import ZipfStatistics, zipf_statistics
 
 __all__ = [
     "L0",
@@ -17,6 +18,8 @@ __all__ = [
     "FractionOfVarianceUnexplained",
     "L0StandardDeviation",
     "LossRecovered",
+    "TotalsMetric",
+    "ZipfStatistics",
     "loss_recovered",
     "next_token_losses",
     "zipf_statistics",

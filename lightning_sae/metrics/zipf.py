@@ -3,7 +3,30 @@
 import torch
 from torch import Tensor
 
-from lightning_sae.zipf import FEWEST_FIRINGS, ZipfFitError, fit_zipf
+from lightning_sae.metrics.density import FeatureDensity
+from lightning_sae.zipf import DYING_BELOW, FEWEST_FIRINGS, ZipfFitError, fit_zipf
+
+
+class ZipfStatistics(FeatureDensity):
+    """The Zipf-Mandelbrot law that the feature densities follow, and how many fall short of it.
+
+    ``update`` takes codes as `FeatureDensity` does. ``compute`` returns the dictionary of
+    `zipf_statistics`, so log it with ``self.log_dict(metric.compute())`` and `reset` by hand, or
+    put the metric in a `MetricCollection`. Same arguments, errors and states as `FeatureDensity`,
+    with which it shares its counting in a `MetricCollection`.
+
+    Example:
+        >>> law = ZipfStatistics(40)
+        >>> token, rank = torch.arange(5000).unsqueeze(1), torch.arange(1, 41)
+        >>> law.update(token < 5000 / rank)  # the features fire on 5000, 2500, 1667, 1250... tokens
+        >>> round(law.compute()["zipf_exponent"].item(), 2), law.compute()["dying_fraction"].item()
+        (1.0, 0.0)
+    """
+
+    # A dictionary in place of densities: torchmetrics leaves to each metric what it computes.
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return the figures of `zipf_statistics`."""
+        return zipf_statistics(super().compute(), int(self.tokens))
 
 
 def zipf_statistics(density: Tensor, tokens: int) -> dict[str, Tensor]:
@@ -17,10 +40,10 @@ def zipf_statistics(density: Tensor, tokens: int) -> dict[str, Tensor]:
         0-d float32 tensors, without those that are not finite; none at all if there are no tokens,
         or too few live features for a fit. `zipf_exponent`, `zipf_offset`, `zipf_r2`,
         `zipf_r2_middle` and `zipf_tail_deviation` are attributes of `ZipfMandelbrot`.
-        `dying_fraction` is the share of all features that are alive but fire at less than half the
-        density that the law gives their rank: a reconstruction, since the paper's definition was
-        not available. Ranks where the law expects fewer than 20 firings do not count, as a low
-        count there may be chance.
+        `dying_fraction` is the share of all features, the dead among them, that are dying: alive,
+        but below `lightning_sae.zipf.DYING_BELOW` (3/4) of the density that the law gives their
+        rank. Ranks where the law expects fewer than 20 firings do not count, as a low count there
+        may be chance.
 
     Raises:
         ValueError: If `density` is no vector of shares, or `tokens` is negative.
@@ -47,7 +70,7 @@ def zipf_statistics(density: Tensor, tokens: int) -> dict[str, Tensor]:
         return {}
     found = density.detach().to("cpu", torch.float64).sort(descending=True).values
     expected = law.density(torch.arange(1, len(found) + 1))
-    dying = (found > 0) & (found < expected / 2) & (tokens * expected >= FEWEST_FIRINGS)
+    dying = (found > 0) & (found < DYING_BELOW * expected) & (tokens * expected >= FEWEST_FIRINGS)
     figures = {
         "dying_fraction": dying.double().mean().item(),
         "zipf_exponent": law.exponent,
