@@ -1,5 +1,7 @@
 """Whether two numbers that every token has go together."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,9 @@ class Correlation(TotalsMetric):
         moments: Sums over the tokens seen on this rank of all products of two of 1, x and y,
             float64, (3, 3); the first is their number.
 
+    Args:
+        **kwargs: As of every `torchmetrics.Metric`; see `TotalsMetric`.
+
     Raises:
         ValueError: If x and y differ in shape.
 
@@ -36,8 +41,8 @@ class Correlation(TotalsMetric):
 
     moments: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_total("moments", 3, 3, dtype=torch.float64)
 
     def update(self, x: Tensor, y: Tensor) -> None:

@@ -1,5 +1,7 @@
 """How often each feature fires."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class FeatureDensity(TotalsMetric):
 
     Args:
         n_features: Number of features of the dictionary.
+        **kwargs: As of every `torchmetrics.Metric`; see `TotalsMetric`.
 
     Raises:
         ValueError: If n_features is not positive, or differs from the codes' last dimension.
@@ -35,10 +38,10 @@ class FeatureDensity(TotalsMetric):
     fires: Tensor
     tokens: Tensor
 
-    def __init__(self, n_features: int) -> None:
+    def __init__(self, n_features: int, **kwargs: Any) -> None:
         if n_features < 1:
             raise UsageError(f"n_features={n_features}: a dictionary has at least one feature")
-        super().__init__()
+        super().__init__(**kwargs)
         self.n_features = n_features
         self.add_total("fires", n_features)
         self.add_total("tokens")

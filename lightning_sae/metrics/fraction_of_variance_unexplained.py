@@ -1,5 +1,7 @@
 """How much of the activations' variance the reconstruction misses."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class FractionOfVarianceUnexplained(TotalsMetric):
 
     Args:
         d_model: Length of an activation.
+        **kwargs: As of every `torchmetrics.Metric`; see `TotalsMetric`.
 
     Raises:
         ValueError: If d_model is not positive, or the inputs do not both have shape (..., d_model).
@@ -43,24 +46,24 @@ class FractionOfVarianceUnexplained(TotalsMetric):
     activation: Tensor
     tokens: Tensor
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, **kwargs: Any) -> None:
         if d_model < 1:
             raise UsageError(f"d_model={d_model}: an activation has at least one dimension")
-        super().__init__()
+        super().__init__(**kwargs)
         self.d_model = d_model
         self.add_total("squared_error", dtype=torch.float64)
         self.add_total("squared_length", dtype=torch.float64)
         self.add_total("activation", d_model, dtype=torch.float64)
         self.add_total("tokens")
 
-    def update(self, reconstruction: Tensor, x: Tensor) -> None:
+    def update(self, reconstruction: Tensor, activations: Tensor) -> None:
         """Add a batch of reconstructions and of the activations they are of, (..., d_model)."""
-        if reconstruction.shape != x.shape or x.shape[-1:] != (self.d_model,):
+        if reconstruction.shape != activations.shape or activations.shape[-1:] != (self.d_model,):
             raise UsageError(
-                f"reconstruction of shape {tuple(reconstruction.shape)} and x of shape "
-                f"{tuple(x.shape)}: both must be (..., d_model={self.d_model})"
+                f"reconstruction of shape {tuple(reconstruction.shape)} and activations of shape "
+                f"{tuple(activations.shape)}: both must be (..., d_model={self.d_model})"
             )
-        squared_error, squared_length, activation, tokens = _fvu_update(reconstruction, x)
+        squared_error, squared_length, activation, tokens = _fvu_update(reconstruction, activations)
         self.add_to_totals(
             squared_error=squared_error,
             squared_length=squared_length,
@@ -73,8 +76,9 @@ class FractionOfVarianceUnexplained(TotalsMetric):
         return _fvu_compute(self.squared_error, self.squared_length, self.activation, self.tokens)
 
 
-def _fvu_update(reconstruction: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    wide = x.detach().reshape(-1, x.shape[-1]).to(widest_float(x.device))  # (tokens, d_model)
+def _fvu_update(reconstruction: Tensor, activations: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    rows = activations.detach().reshape(-1, activations.shape[-1])  # (tokens, d_model)
+    wide = rows.to(widest_float(rows.device))
     error = reconstruction.detach().reshape(wide.shape) - wide
     return error.square().sum(), wide.square().sum(), wide.sum(0), wide.shape[0]
 

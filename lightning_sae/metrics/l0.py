@@ -1,5 +1,7 @@
 """How many features fire on a token: the mean and its spread over tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ class L0(TotalsMetric):
         squared_matches: Sum over tokens of their squared numbers of matches, int64.
         tokens: Number of tokens seen on this rank, int64.
 
+    Args:
+        **kwargs: As of every `torchmetrics.Metric`; see `TotalsMetric`.
+
     Example:
         >>> l0 = L0()
         >>> l0.update(torch.tensor([[0.5, 0.0, 2.0], [0.0, 0.0, 0.1]]))
@@ -30,8 +35,8 @@ class L0(TotalsMetric):
     squared_matches: Tensor
     tokens: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_total("matches")
         self.add_total("squared_matches")
         self.add_total("tokens")
@@ -50,8 +55,8 @@ class L0StandardDeviation(L0):
     """Standard deviation over tokens of the number of matches, of the population.
 
     0 where every token has the same number, as with TopK: it shows how far the allocation adapts to
-    the token. Same inputs and states as `L0`, with which it shares its counting in a
-    `MetricCollection`.
+    the token. Same arguments, inputs and states as `L0`, with which it shares its counting in
+    a `MetricCollection`.
 
     Example:
         >>> l0_std = L0StandardDeviation()

@@ -1,6 +1,7 @@
 """What splicing the reconstruction into the language model costs it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class LossRecovered(TotalsMetric):
     returns a dictionary, so log it with ``self.log_dict(metric.compute())`` and `reset` by hand, or
     put the metric in a `MetricCollection`. All values are NaN before the first scored position.
 
+    Args:
+        **kwargs: As of every `torchmetrics.Metric`; see `TotalsMetric`.
+
     Example:
         >>> class Bigrams:  # a "model" whose activations are its logits
         ...     def replace(self, input_ids, edit):
@@ -56,8 +60,8 @@ class LossRecovered(TotalsMetric):
     kl: Tensor
     tokens: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         for name in _TOTALS:
             self.add_total(name, dtype=torch.float64)
         self.add_total("tokens")

@@ -29,12 +29,13 @@ def all_metrics() -> dict[str, Metric]:
 
 
 def sample(tokens: int, seed: int = 0) -> dict[str, Tensor]:
-    """Return `codes`, `x`, `reconstruction` and `y`, which goes with x, of so many tokens."""
+    """Return `codes`, `activations`, `reconstruction` and numbers `x` and `y` of so many tokens."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randn(tokens, N_FEATURES, generator=generator) - torch.linspace(0, 3, N_FEATURES)
     x = 5 + torch.randn(tokens, D_MODEL, generator=generator)
     noise = torch.randn(tokens, D_MODEL, generator=generator)
-    return {"codes": codes.relu(), "x": x, "reconstruction": x + 0.3 * noise, "y": x - noise}
+    sae = {"codes": codes.relu(), "activations": x, "reconstruction": x + 0.3 * noise}
+    return sae | {"x": x, "y": x - noise}
 
 
 def split(data: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
@@ -45,7 +46,10 @@ def split(data: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
 
 def update(metric: Metric, batch: dict[str, Tensor]) -> None:
     """Update any of the metrics with the part of the batch that it takes."""
-    takes = {FractionOfVarianceUnexplained: ("reconstruction", "x"), Correlation: ("x", "y")}
+    takes = {
+        FractionOfVarianceUnexplained: ("reconstruction", "activations"),
+        Correlation: ("x", "y"),
+    }
     metric.update(*[batch[name] for name in takes.get(type(metric), ("codes",))])
 
 

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -6,9 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
-from lightning_sae.metrics import FeatureDensity
+from lightning_sae.matches import Matches
+from lightning_sae.metrics import (
+    L0,
+    Correlation,
+    DeadFeatures,
+    FeatureDensity,
+    FractionOfVarianceUnexplained,
+    L0StandardDeviation,
+    LossRecovered,
+    ZipfStatistics,
+)
 from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.numerics import ratio, widest_float
 from tests.metrics.samples import all_metrics, sample, split, update, values
@@ -189,6 +200,7 @@ def alike(tokens: int) -> dict[str, torch.Tensor]:
     """Tokens on which totals of different metrics agree: everything fires, all is 1 or 0."""
     return {
         "codes": torch.ones(tokens, 7),
+        "activations": torch.zeros(tokens, 3),
         "x": torch.zeros(tokens, 3),
         "reconstruction": torch.ones(tokens, 3),
         "y": torch.ones(tokens, 3),
@@ -216,3 +228,105 @@ def test_metric_collection_shares_only_updates_that_are_the_same():
     collection.update(**alike(1))
     groups = sorted(sorted(group) for group in collection.compute_groups.values())
     assert groups == [["correlation"], ["dead", "density"], ["fvu"], ["l0", "l0_std"]]
+
+
+# What torchmetrics asks of a metric, and what is asked of torchmetrics
+
+MAKE = {
+    Correlation: (),
+    DeadFeatures: (7,),
+    FeatureDensity: (7,),
+    FractionOfVarianceUnexplained: (3,),
+    L0: (),
+    L0StandardDeviation: (),
+    LossRecovered: (),
+    ZipfStatistics: (7,),
+}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_every_metric_takes_what_every_metric_of_torchmetrics_takes(kind):
+    options = {
+        "compute_on_cpu": True,
+        "dist_sync_on_step": True,
+        "process_group": "a group",
+        "dist_sync_fn": max,
+        "distributed_available_fn": min,
+        "sync_on_compute": False,
+        "compute_with_cache": False,
+    }
+    metric = kind(*MAKE[kind], **options)
+    assert {name: getattr(metric, name) for name in options} == options
+    with pytest.raises(ValueError, match="Unexpected keyword arguments: `colour`"):
+        kind(*MAKE[kind], colour="red")
+
+
+@pytest.mark.parametrize("method", ["_sync_dist", "_apply"])
+def test_private_methods_are_called_as_those_they_replace(method):
+    """`test_ranks.py` and the casts above notice when they are not called any more."""
+    ours, theirs = (
+        [(each.name, each.default) for each in inspect.signature(owner).parameters.values()]
+        for owner in (getattr(TotalsMetric, method), getattr(Metric, method))
+    )
+    assert ours == theirs
+
+
+class MeanCode(TotalsMetric):
+    """A metric of somebody else, which names what it takes."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_total("value", dtype=torch.float64)
+        self.add_total("matches")
+
+    def update(self, codes):
+        self.add_to_totals(value=codes.value.sum(), matches=len(codes))
+
+    def compute(self):
+        return ratio(self.value, self.matches)
+
+
+class LargestActivation(Metric):
+    """Another one, which needs more than totals."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_state("largest", torch.tensor(-torch.inf), dist_reduce_fx="max")
+
+    def update(self, activations):
+        self.largest = self.largest.maximum(activations.max())
+
+    def compute(self):
+        return self.largest
+
+
+def test_a_collection_gives_each_metric_what_it_names():
+    collection = MetricCollection(
+        {
+            "fvu": FractionOfVarianceUnexplained(2),
+            "l0": L0(),
+            "feature_density": FeatureDensity(4),
+            "dead_fraction": DeadFeatures(4),
+            "zipf": ZipfStatistics(4),
+            "mean_code": MeanCode(),
+            "largest_activation": LargestActivation(),
+        },
+        prefix="val/",
+    )
+    token, feature = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2])
+    activations = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    for value in (1.0, 3.0):
+        collection.update(
+            codes=Matches(token, feature, torch.full((3,), value), shape=(2, 4)),
+            reconstruction=activations + 1,
+            activations=activations,
+        )
+    found = collection.compute()
+    assert found.pop("val/feature_density").tolist() == [0.5, 0, 1, 0]
+    assert {name: value.item() for name, value in found.items()} == {
+        "val/fvu": (4 * 2) / (4 * 4),
+        "val/l0": 1.5,
+        "val/dead_fraction": 0.5,
+        "val/mean_code": 2,
+        "val/largest_activation": 4,
+    }  # four features have no law

@@ -24,8 +24,8 @@ def test_batches_give_what_two_passes_over_everything_give(tokens, seed):
     data = sample(tokens, seed)
     metric = FractionOfVarianceUnexplained(D_MODEL)
     for batch in split(data, [1, tokens - 2, 1]):
-        metric.update(batch["reconstruction"], batch["x"])
-    expected = two_pass_fvu(data["reconstruction"], data["x"])
+        metric.update(batch["reconstruction"], batch["activations"])
+    expected = two_pass_fvu(data["reconstruction"], data["activations"])
     torch.testing.assert_close(metric.compute(), expected.float(), rtol=1e-6, atol=0)
 
 
@@ -72,8 +72,9 @@ def test_bfloat16_inputs_are_widened_before_they_are_subtracted():
 
 def test_any_leading_shape():
     data = sample(12)
-    folded = fvu_of(data["reconstruction"].view(2, 6, D_MODEL), data["x"].view(2, 6, D_MODEL))
-    assert folded == fvu_of(data["reconstruction"], data["x"])
+    reconstruction, activations = data["reconstruction"], data["activations"]
+    folded = fvu_of(reconstruction.view(2, 6, D_MODEL), activations.view(2, 6, D_MODEL))
+    assert folded == fvu_of(reconstruction, activations)
 
 
 @pytest.mark.parametrize(("left", "right"), [((4, 3), (5, 3)), ((4, 2), (4, 2)), ((3,), (1, 3))])

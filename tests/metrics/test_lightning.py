@@ -24,7 +24,7 @@ class Foreign(pl.LightningModule):
         self.fires: list[int] = []
 
     def training_step(self, batch):
-        return self.layer(batch["x"].to(self.layer.weight.dtype)).square().mean()
+        return self.layer(batch["activations"].to(self.layer.weight.dtype)).square().mean()
 
     def validation_step(self, batch):
         self.l0.update(batch["codes"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from benchmarks.metric_sync import FEATURES, peaks
-from lightning_sae.metrics import FeatureDensity
+from lightning_sae.metrics import DeadFeatures, FeatureDensity
 from tests.helpers.ddp import run_on, run_on_two
 from tests.metrics.samples import all_metrics, sample, split, values
 
@@ -48,6 +48,73 @@ def states_around_a_sync(rank: int) -> tuple[list[int], list[int], list[int]]:
         return shared.tolist(), synced, density.fires.tolist()
     finally:
         dist.all_gather = gather
+
+
+def values_with_options(rank: int) -> dict[str, list[float]]:
+    """Densities of two features on a rank where the first always fires, the other on rank 1."""
+    codes = torch.tensor([[1.0, rank]])
+    alone = [dist.new_group([each]) for each in range(dist.get_world_size())][rank]
+    gathered = []
+
+    def gather(tensor: Tensor, group: object = None) -> list[Tensor]:
+        gathered.append(group)
+        return [tensor, torch.ones_like(tensor)]
+
+    options = {
+        "default": {},
+        "sync_on_compute": {"sync_on_compute": False},
+        "process_group": {"process_group": alone},
+        "distributed_available_fn": {"distributed_available_fn": lambda: False},
+        "dist_sync_fn": {"dist_sync_fn": gather, "process_group": alone},
+        "compute_on_cpu": {"compute_on_cpu": True},
+    }
+    metrics = {name: FeatureDensity(2, **each) for name, each in options.items()}
+    for metric in metrics.values():
+        metric.update(codes)
+    found = {name: metric.compute().tolist() for name, metric in metrics.items()}
+    assert gathered == [alone, alone]
+    metric = metrics["default"]
+    metric.sync(process_group=alone)
+    found["sync(process_group)"] = metric.fires.tolist()
+    metric.unsync()
+    each_step, at_the_end = FeatureDensity(2, dist_sync_on_step=True), FeatureDensity(2)
+    found["dist_sync_on_step"] = each_step(codes).tolist()
+    found["dist_sync_on_step, accumulated"] = each_step.fires.tolist()
+    found["forward"] = at_the_end(codes).tolist()
+    return found
+
+
+def densities_of_pairs(rank: int) -> tuple[list[float], float]:
+    """Densities and the share of dead features over ranks 0 and 1, or over ranks 2 and 3."""
+    pair = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][rank // 2]
+    kinds = {"density": FeatureDensity, "dead": DeadFeatures}
+    collection = MetricCollection(
+        {name: kind(4, process_group=pair) for name, kind in kinds.items()}
+    )
+    collection.update(codes=torch.eye(4)[rank])
+    found = collection.compute()
+    return found["density"].tolist(), found["dead"].item()
+
+
+class WithAList(FeatureDensity):
+    """A metric of somebody else whose states are not all totals."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.add_state("largest", [], dist_reduce_fx="cat")
+
+    def update(self, codes: Tensor) -> None:
+        super().update(codes)
+        self.largest.append(codes.max())
+
+    def compute(self) -> list[float]:
+        return [*self.fires.tolist(), *self.largest.tolist()]
+
+
+def value_with_a_list(rank: int) -> list[float]:
+    metric = WithAList()
+    metric.update(torch.tensor([[1.0, 2.0 * rank]]))
+    return metric.compute()
 
 
 def close(value: Tensor, expected: Tensor, name: str) -> None:
@@ -90,6 +157,35 @@ def test_sync_adds_without_gathering_and_can_be_undone():
     first, second = run_on_two(states_around_a_sync)
     assert first == ([1, 0], [2, 1], [1, 0])
     assert second == ([1, 1], [2, 1], [1, 1])
+
+
+def test_what_torchmetrics_lets_one_set_is_kept_to():
+    together = {"default": [1, 0.5], "compute_on_cpu": [1, 0.5], "dist_sync_on_step": [1, 0.5]}
+    for rank, found in enumerate(run_on_two(values_with_options)):
+        alone = {
+            name: [1.0, float(rank)]
+            for name in (
+                "sync_on_compute",
+                "process_group",
+                "distributed_available_fn",
+                "sync(process_group)",
+                "dist_sync_on_step, accumulated",
+                "forward",
+            )
+        }
+        gathered = {"dist_sync_fn": [1, (rank + 1) / 2]}  # with a token on which both fire
+        assert found == together | alone | gathered
+
+
+def test_a_process_group_adds_up_by_itself():
+    for rank, (density, dead) in enumerate(run_on(4, densities_of_pairs)):
+        assert density == [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]][rank // 2]
+        assert dead == 0.5
+
+
+def test_a_metric_with_more_than_totals_is_gathered():
+    for found in run_on_two(value_with_a_list):
+        assert found == [2, 1, 1, 2]
 
 
 @pytest.mark.slow
