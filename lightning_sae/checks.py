@@ -11,11 +11,16 @@ class UsageError(ValueError):
     """
 
 
+def require_at_least(least: int, **values: int) -> None:
+    """Raise UsageError unless no value is smaller than `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise UsageError(f"{name}={value} must be at least {least}")
+
+
 def require_positive(**values: int) -> None:
     """Raise UsageError unless all are at least 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise UsageError(f"{name}={value} must be at least 1")
+    require_at_least(1, **values)
 
 
 def require_not_negative(**values: float) -> None:

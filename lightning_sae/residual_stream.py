@@ -1,4 +1,4 @@
-"""Reads or replaces one layer's residual stream of any Hugging Face transformer."""
+"""Read or replace one layer's residual stream of any Hugging Face transformer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ResidualStream:
         layer: Index of the block, from 0.
 
     Raises:
-        ValueError: `layer` is out of range, or the model's blocks cannot be told.
+        UsageError: If `layer` is out of range, or the model's blocks cannot be told.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int) -> None:
@@ -55,7 +55,7 @@ class ResidualStream:
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Runs the model up to the layer and no further.
+        """Run the model up to the layer and no further.
 
         Args:
             input_ids: Token ids, (contexts, length), or pixels, (images, 3, height, width).
@@ -82,7 +82,7 @@ class ResidualStream:
         edit: Callable[[Tensor], Tensor],
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Runs the whole model with the layer's residual stream x replaced by `edit(x)`.
+        """Run the whole model with the layer's residual stream x replaced by `edit(x)`.
 
         Gradients flow through the edit and the later blocks unless the caller disables them.
 
@@ -98,7 +98,7 @@ class ResidualStream:
             Logits, (contexts, length, vocabulary), or (images, classes) of a model that classifies.
 
         Raises:
-            ValueError: The model gives no logits.
+            UsageError: If the model gives no logits.
         """
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -133,7 +133,7 @@ class ResidualStream:
 
 
 def check_layer(config: PretrainedConfig, layer: int) -> None:
-    """Raises ValueError unless a model of this configuration has a block of index `layer`."""
+    """Raise UsageError unless a model of this configuration has a block of index `layer`."""
     layers = config.get_text_config().num_hidden_layers
     if not 0 <= layer < layers:
         name = config.name_or_path or config.model_type

@@ -1,4 +1,4 @@
-"""Reads what comes next while what came before is trained on."""
+"""Read what comes next while what came before is trained on."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 def read_ahead(
     items: Iterator[Item], read: Callable[[Item, Event], Tensor]
 ) -> Iterator[tuple[Item, Tensor]]:
-    """Yields each item with what is read of it, while a thread reads the next one, and no more.
+    """Yield each item with what is read of it, while a thread reads the next one, and no more.
 
     The thread is gone when the iterator is closed, as soon as a reading that was begun has ended. A
     program that ends with an open iterator waits for all of it.

@@ -1,4 +1,4 @@
-"""Keeps activations on disk, so that a second run need not compute them."""
+"""Keep activations on disk, so that a second run need not compute them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class ActivationCache:
     device: torch.device
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Returns the activations of these inputs, (inputs, length, d_model).
+        """Return the activations of these inputs, (inputs, length, d_model).
 
         Raises:
-            ValueError: Their file is damaged.
+            UsageError: If their file is damaged, or cannot be made.
         """
         key = inputs.cpu().contiguous()
         digest = hashlib.sha256(repr(tuple(key.shape)).encode() + key.numpy().tobytes())
@@ -82,7 +82,7 @@ class ActivationCache:
 
 
 def model_fingerprint(path: str, config: PretrainedConfig, revision: str) -> str:
-    """What tells a model's weights from all others, as 16 hexadecimal digits.
+    """Return what tells a model's weights from all others, as 16 hexadecimal digits.
 
     Args:
         path: Folder (then its weight files are hashed) or hub id (then the commit counts).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +12,24 @@ import numpy as np
 from lightning_sae.checks import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from datasets import Dataset, IterableDataset
 
-    from lightning_sae.data.modality import Modality
+__all__ = ["Modality", "load_examples"]
 
-__all__ = ["load_examples"]
+
+@dataclass(frozen=True)
+class Modality:
+    """A kind of data: what it is called in arguments and messages, and the files it comes in.
+
+    Attributes:
+        argument: The argument that names the data set. That of its column begins with it.
+        examples: The rows of a data set, as in the argument that says how many to hold out.
+        builders: What `datasets` calls the format of a file, by the end of its name.
+    """
+
+    argument: str
+    examples: str
+    builders: Mapping[str, str]
 
 
 def load_examples(
@@ -33,7 +46,7 @@ def load_examples(
     seed: int,
     options: Mapping[str, Any],
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Opens a data set as training and held-out examples, none of them in both.
+    """Open a data set as training and held-out examples, none of them in both.
 
     Args:
         modality: What it holds.
@@ -53,7 +66,7 @@ def load_examples(
         Training and held-out examples, each with `column` as its only column.
 
     Raises:
-        ValueError: The data set, split or column does not exist, or holds too few examples.
+        UsageError: If the data set, split or column does not exist, or holds too few examples.
     """
     called = f"{modality.argument}={name!r}"
     splits = _load(modality, called, path, config, {"streaming": streaming, **options})
@@ -105,7 +118,7 @@ def _load(
 
 
 def _where(modality: Modality, called: str, name: str) -> tuple[str, dict[str, str]]:
-    """What to give `load_dataset` for this name: a path, and the file if it is one."""
+    """Return what to give `load_dataset` for this name: a path, and the file if it is one."""
     builders = modality.builders
     path = Path(name).expanduser().absolute()
     if path.is_dir():

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sae.checks import UsageError
+from lightning_sae.checks import UsageError, require_at_least
 from lightning_sae.data.cache import ActivationCache, model_fingerprint
 from lightning_sae.quickstart import FOLDER
 from lightning_sae.residual_stream import ResidualStream, check_layer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from lightning_sae.data.stream import Read
 
 __all__ = ["Dtype", "FrozenModel"]
 
@@ -32,25 +30,24 @@ _LOADING = Lock()
 
 
 class FrozenModel(ABC):
-    """A frozen transformer, read at one layer.
+    """A frozen transformer, read at one layer; a subclass says how one is loaded and read.
 
     Args:
-        name: "quickstart", a folder or a hub id.
+        name: A folder or a hub id; "quickstart" is the language model that ships with the package.
         layer: Block whose output is read, from 0.
         revision: Branch, tag or commit on the hub. None: the main branch.
         dtype: What the model computes in: "float32", "bfloat16" or "float16".
 
     Raises:
-        ValueError: The dtype is none of these.
+        UsageError: If the layer is negative, or the dtype none of these.
     """
 
-    dtype_argument: ClassVar[str]
-    """What the user knows the dtype as."""
-
-    def __init__(self, name: str, layer: int, *, revision: str | None, dtype: Dtype) -> None:
+    def __init__(
+        self, name: str, layer: int, *, revision: str | None = None, dtype: Dtype = "float32"
+    ) -> None:
+        require_at_least(0, layer=layer)
         if dtype not in get_args(Dtype):
-            allowed = ", ".join(get_args(Dtype))
-            raise UsageError(f"{self.dtype_argument}={dtype!r} should be one of {allowed}")
+            raise UsageError(f"model_dtype={dtype!r} must be one of {', '.join(get_args(Dtype))}")
         self.name = name
         self.layer = layer
         self.dtype = dtype
@@ -61,54 +58,66 @@ class FrozenModel(ABC):
         self._stream: ResidualStream | None = None
 
     def __str__(self) -> str:
-        return f"model_name={self.name!r}, layer={self.layer}, {self.dtype_argument}={self.dtype!r}"
+        return f"model_name={self.name!r}, layer={self.layer}, model_dtype={self.dtype!r}"
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """The configuration, read without any weights.
 
         Raises:
-            ValueError: There is no such model, or it has no such layer.
+            UsageError: If there is no such model, or it has no such layer.
         """
         config = self._config_read(self._config_saved)
         check_layer(config, self.layer)
         return config
 
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream, known without any weights."""
+        return int(self.config.get_text_config().hidden_size)
+
     def residual_stream(self, device: torch.device) -> ResidualStream:
-        """Returns the layer on this device; the first call loads the weights.
+        """Return the layer on this device; the first call loads the weights.
 
         Raises:
-            ValueError: There are no weights in safetensors files.
+            UsageError: If there are no weights in safetensors files.
         """
         # Weights made or moved in inference mode, which `Trainer.test` runs in, could not be
         # differentiated through in a later `fit`.
         with _LOADING, torch.inference_mode(mode=False):
             if self._stream is None:
-                model = self._load().eval().requires_grad_(requires_grad=False)
+                model = self.load().eval().requires_grad_(requires_grad=False)
                 self._stream = ResidualStream(model, self.layer)
             if self._stream.device != device:
                 moved: nn.Module = self._stream.model
                 moved.to(device)
         return self._stream
 
-    def reader(self, device: torch.device, cache_dir: str | None) -> Read:
-        """Returns what reads activations on this device, through a cache if there is a folder."""
-        read = partial(self._read, device=device)
+    def reader(
+        self, device: torch.device, cache_dir: str | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what maps inputs to activations on this device, through a cache if asked for.
+
+        Args:
+            device: Where the model runs, and activations are.
+            cache_dir: Folder to keep activations in. None: keep none.
+        """
+        read = partial(self.read, device=device)
         if cache_dir is None:
             return read
         folder = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self._fingerprint}"
         return ActivationCache(read, Path(cache_dir).expanduser() / folder, device)
 
     @abstractmethod
-    def _load(self) -> Any:
-        """Loads the model with its weights."""
+    def load(self) -> Any:
+        """Return the model, a `PreTrainedModel`, with its weights."""
 
     @abstractmethod
-    def _read(self, inputs: Tensor, device: torch.device) -> Tensor:
-        """Reads the activations of the inputs, (inputs, length, d_model), on this device."""
+    def read(self, inputs: Tensor, device: torch.device) -> Tensor:
+        """Return the activations of the inputs, (inputs, length, d_model), on this device."""
 
     def _config_read(self, saved: PretrainedConfig) -> PretrainedConfig:
-        """The part of the configuration that is of the transformer to read."""
+        """Return the part of the configuration that is of the transformer to read."""
         return saved
 
     @cached_property

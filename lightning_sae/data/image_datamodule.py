@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_sae.data.base import FrozenModelDataModule
-from lightning_sae.data.contexts import Contexts, ShuffledRows, held_out_parts
+from lightning_sae.checks import require_positive
 from lightning_sae.data.frozen_model import Dtype
+from lightning_sae.data.frozen_model_datamodule import FrozenModelDataModule
 from lightning_sae.data.images import decode, load_images
-from lightning_sae.data.modality import IMAGES, Modality
-from lightning_sae.data.stream import Read
 from lightning_sae.data.vision_model import VisionModel
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
 __all__ = ["ImageActivationDataModule"]
-
-SOURCE: Final = tuple(inspect.signature(load_images).parameters)
-"""The arguments that `load_images` takes from the data module."""
 
 
 class ImageActivationDataModule(FrozenModelDataModule):
@@ -31,8 +26,8 @@ class ImageActivationDataModule(FrozenModelDataModule):
 
     Tokens are the patches of images. The tokens before them (class, distillation, registers) are
     read by the model but never trained or measured on, as position 0 is in text. See
-    `FrozenModelDataModule` for the batches; those held out tell in `image_numbers` which of the
-    `held_out_images` they are of, and their tokens are the patches of each image, row by row.
+    `FrozenModelDataModule` for the batches; those held out tell in `image_numbers` which images
+    they are of, as `image` counts them, and their tokens are the patches of each, row by row.
 
     Args:
         model_name: Vision transformer to read: a Hugging Face hub id or a folder. Its own image
@@ -60,12 +55,18 @@ class ImageActivationDataModule(FrozenModelDataModule):
         seed: Seed of every choice and shuffle.
 
     Raises:
-        ValueError: An argument is out of its range. Models and images that cannot be read are
+        UsageError: If an argument is out of its range. Models and images that cannot be read are
             noticed when first needed.
     """
 
-    modality: ClassVar[Modality] = IMAGES
-    place: ClassVar[tuple[str, ...]] = (*SOURCE, "model_name", "batch_size", "batches_per_block")
+    noun: ClassVar[str] = "images"
+    input_key: ClassVar[str] = "image_numbers"
+    place: ClassVar[tuple[str, ...]] = (
+        *FrozenModelDataModule.place,
+        *("images", "images_config", "images_column", "train_split", "validation_split"),
+        "held_out_images",
+    )
+    model: VisionModel
 
     def __init__(
         self,
@@ -88,62 +89,67 @@ class ImageActivationDataModule(FrozenModelDataModule):
         cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
+        require_positive(held_out_images=held_out_images)
         super().__init__(
             VisionModel(model_name, layer, revision=model_revision, dtype=model_dtype),
             batch_size=batch_size,
             batches_per_block=batches_per_block,
-            lm_batch_size=model_batch_size,
+            model_batch_size=model_batch_size,
+            validation_tokens=validation_tokens,
+            test_tokens=test_tokens,
             cache_dir=cache_dir,
             seed=seed,
         )
         self.save_hyperparameters()
-        least = {"layer": 0, "held_out_images": 1, "batch_size": 1, "batches_per_block": 1}
-        least |= {"model_batch_size": 1, "validation_tokens": 1, "test_tokens": 1, "seed": 0}
-        self._check_at_least(least)
-        self._model: VisionModel
+        self.source = f"images={images!r}"
+        self.images = images
+        self.images_config = images_config
+        self.images_column = images_column
+        self.train_split = train_split
+        self.validation_split = validation_split
+        self.held_out_images = held_out_images
 
     @property
-    def held_out_images(self) -> Dataset:
-        """The images that `image_numbers` count, as `datasets` decodes them."""
-        return self._images[1]
+    def positions_per_input(self) -> int:
+        """Patches of an image."""
+        return self.model.patches
 
-    def _tokens_per_input(self) -> int:
-        return self._model.patches
+    def train_inputs(self) -> Tensor:
+        """Return the numbers of the images to train on: those after the held-out ones."""
+        train, held_out = self._images
+        return torch.arange(len(held_out), len(held_out) + len(train))
 
-    def _kept(self, inputs: Tensor) -> Tensor:
-        return torch.ones(len(inputs), self._model.patches, dtype=torch.bool)
+    def held_out_inputs(self) -> Tensor:
+        """Return the numbers of the held-out images, from 0."""
+        return torch.arange(len(self._images[1]))
 
-    def _train_inputs(self) -> tuple[Contexts, Read]:
-        images, name = self._images[0], self.hparams["images"]
-        return ShuffledRows(len(images), self.seed, name, IMAGES), self._reader(images)
+    def read(self, inputs: Tensor) -> Tensor:
+        """Return the activations of the patches of the images of these numbers."""
+        # Each process decodes its own.
+        pixels = [self.model.pixels(self.image(number)) for number in inputs.tolist()]
+        return super().read(torch.stack(pixels))
 
-    def _held_out_inputs(self, stage: str) -> tuple[Tensor, Read]:
-        return self._held_out_numbers[stage], self._reader(self.held_out_images)
+    def image(self, number: int) -> Image:
+        """Return the image of this number, in RGB: held-out images come first, from 0.
+
+        Raises:
+            UsageError: If it is damaged.
+        """
+        train, held_out = self._images
+        if number < len(held_out):
+            return decode(held_out, number)
+        return decode(train, number - len(held_out))
 
     @cached_property
     def _images(self) -> tuple[Dataset, Dataset]:
         """Images to train on and held-out images."""
-        _ = self._model.patches  # first, to find a mistake in it before reading the images
-        return load_images(**{name: self.hparams[name] for name in SOURCE})
-
-    @cached_property
-    def _held_out_numbers(self) -> dict[str, Tensor]:
-        self._check_at_least(
-            dict.fromkeys(("validation_tokens", "test_tokens"), self._model.patches)
+        _ = self.model.patches  # first, to find a mistake in it before reading the images
+        return load_images(
+            self.images,
+            images_config=self.images_config,
+            images_column=self.images_column,
+            train_split=self.train_split,
+            validation_split=self.validation_split,
+            held_out_images=self.held_out_images,
+            seed=self.seed,
         )
-        wanted = {
-            stage: self.hparams[f"{stage}_tokens"] // self._model.patches
-            for stage in ("validation", "test")
-        }
-        numbers = torch.arange(len(self.held_out_images))
-        return held_out_parts(numbers, IMAGES, self.hparams["images"], **wanted)
-
-    def _reader(self, images: Dataset) -> Read:
-        """What reads the patches of the images of these numbers: each rank decodes its own."""
-        read = self._model.reader(self._device, self.cache_dir)
-
-        def read_numbers(numbers: Tensor) -> Tensor:
-            pixels = [self._model.pixels(decode(images, number)) for number in numbers.tolist()]
-            return read(torch.stack(pixels))  # (images, patches, d_model)
-
-        return read_numbers

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from lightning_sae.checks import UsageError
-from lightning_sae.data.examples import load_examples
-from lightning_sae.data.modality import IMAGES
+from lightning_sae.data.examples import Modality, load_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
 __all__ = ["decode", "load_images"]
+
+IMAGES: Final = Modality(argument="images", examples="images", builders={".parquet": "parquet"})
 
 
 def load_images(
@@ -25,7 +26,7 @@ def load_images(
     held_out_images: int,
     seed: int,
 ) -> tuple[Dataset, Dataset]:
-    """Opens an image data set as training and held-out images, none of them in both.
+    """Open an image data set as training and held-out images, none of them in both.
 
     Nothing is decoded yet.
 
@@ -43,7 +44,7 @@ def load_images(
         Training and held-out images, in RGB, each with `images_column` as its only column.
 
     Raises:
-        ValueError: The data set, split or column does not exist, holds too few images, or
+        UsageError: If the data set, split or column does not exist, holds too few images, or
             something else.
     """
     from datasets import Image
@@ -71,10 +72,10 @@ def load_images(
 
 
 def decode(images: Dataset, number: int) -> Image:
-    """Returns one image of a data set of `load_images`.
+    """Return one image of a data set of `load_images`.
 
     Raises:
-        ValueError: It is damaged.
+        UsageError: If it is damaged.
     """
     import datasets
 

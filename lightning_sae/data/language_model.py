@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,16 @@ __all__ = ["LanguageModel"]
 
 
 class LanguageModel(FrozenModel):
-    """A frozen causal language model, read at one layer; arguments are those of `FrozenModel`."""
+    """A frozen causal language model, read at one layer; arguments are those of `FrozenModel`.
 
-    dtype_argument: ClassVar[str] = "lm_dtype"
+    Its inputs are token ids, (contexts, length).
+    """
 
     def tokenizer(self, context_length: int) -> PreTrainedTokenizerBase:
-        """Loads the tokenizer.
+        """Return the tokenizer.
 
         Raises:
-            ValueError: There is none, or the model cannot read contexts of this length.
+            UsageError: If there is none, or the model cannot read contexts of this length.
         """
         from transformers import AutoTokenizer
 
@@ -39,7 +40,12 @@ class LanguageModel(FrozenModel):
             raise UsageError(f"model_name={self.name!r}: there is no tokenizer")
         return tokenizer
 
-    def _read(self, inputs: Tensor, device: torch.device) -> Tensor:
+    def read(self, inputs: Tensor, device: torch.device) -> Tensor:
+        """Return the activations of token ids, (contexts, length, d_model), on this device.
+
+        Raises:
+            UsageError: If the model does not know one of the tokens.
+        """
         vocabulary = self.config.get_text_config().vocab_size
         if int(inputs.max()) >= vocabulary:
             raise UsageError(
@@ -48,7 +54,12 @@ class LanguageModel(FrozenModel):
             )
         return self.residual_stream(device).read(inputs.to(device))
 
-    def _load(self) -> Any:
+    def load(self) -> Any:
+        """Return the model with its weights.
+
+        Raises:
+            UsageError: If there are none in safetensors files, or not all.
+        """
         from transformers import AutoModelForCausalLM
 
         model, found = self._from_pretrained(

@@ -47,7 +47,7 @@ class Packer:
         self.special = sorted({i for i, t in added if t.special} | {*tokenizer.all_special_ids})
 
     def pack(self, documents: Sequence[Any]) -> NDArray[np.int32]:
-        """Packs documents; what is left over below one context is dropped.
+        """Pack documents; what is left over below one context is dropped.
 
         Args:
             documents: Strings.
@@ -56,7 +56,7 @@ class Packer:
             Token ids, (contexts, context_length).
 
         Raises:
-            ValueError: A document is not a string.
+            UsageError: If a document is not a string.
         """
         documents = list(documents)  # a `datasets` column is none, though it looks like one
         for document in documents:
@@ -76,14 +76,14 @@ class Packer:
         return np.concatenate([first, tokens], axis=1)
 
     def kept(self, input_ids: Tensor) -> Tensor:
-        """Which positions are trained and measured on: a bool mask, (contexts, length)."""
+        """Return which positions are trained and measured on: a bool mask, (contexts, length)."""
         special = torch.tensor(self.special, dtype=input_ids.dtype, device=input_ids.device)
         kept = ~torch.isin(input_ids, special)
         kept[:, 0] = False
         return kept
 
     def pack_all(self, documents: Dataset, column: str) -> Dataset:
-        """Packs a whole data set, once: `datasets` keeps the result on disk.
+        """Pack a whole data set, once: `datasets` keeps the result on disk.
 
         Returns:
             A data set with one column, `input_ids`, of (context_length) each.
@@ -103,16 +103,16 @@ class Packer:
     def pack_lazily(
         self, documents: Dataset | IterableDataset, column: str
     ) -> Iterator[NDArray[np.int32]]:
-        """Yields the contexts of a data set in its order, (context_length) each."""
+        """Yield the contexts of a data set in its order, (context_length) each."""
         for batch in _read(documents):
             yield from self.pack(batch[column])
 
 
 def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
-    """Yields batches of documents; what reading them raises is about the text.
+    """Yield batches of documents; what reading them raises is about the text.
 
     Raises:
-        ValueError: They cannot be read to their end.
+        UsageError: If they cannot be read to their end.
     """
     batches = documents.iter(batch_size=DOCUMENTS_AT_ONCE)
     for number in itertools.count():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
@@ -16,16 +16,10 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.data.ahead import read_ahead
-from lightning_sae.data.modality import TEXT, Modality
-from lightning_sae.parallel.legacy import processes, rank, world_size
+from lightning_sae.parallel import Ranks
+from lightning_sae.parallel.ranks import processes
 
 __all__ = ["ActivationStream", "HeldOutBatch", "HeldOutBatches", "TrainBatch"]
-
-Read = Callable[[Tensor], Tensor]
-"""Inputs to activations (inputs, length, d_model).
-
-Inputs are token ids, (contexts, length), or the numbers of images in their data set, (images).
-"""
 
 Cursor = tuple[int, int]
 """A place in the stream: a block, and a batch of it."""
@@ -44,8 +38,8 @@ class TrainBatch(TypedDict):
 class HeldOutBatch(TypedDict):
     """Whole inputs: `activations`, (tokens, d_model) float32, of the kept positions, in order.
 
-    `kept` is the mask of these positions, (inputs, length). Which inputs they are is told by
-    `input_ids`, (contexts, length), or by `image_numbers` in their data set, (images).
+    `kept` is the mask of these positions, (inputs, length). The inputs are there too, under the
+    data module's `input_key`: `input_ids`, (contexts, length), or `image_numbers`, (images).
     """
 
     activations: Tensor
@@ -74,33 +68,35 @@ class ActivationStream:
 
     Args:
         blocks: Returns the blocks of inputs from the given one on.
-        kept: Inputs to the mask of positions to train on, (inputs, length).
-        read: Reads activations on this rank.
+        kept: Maps inputs to the mask of positions to train on, (inputs, length).
+        read: Maps inputs to their activations, (inputs, length, d_model), on this rank.
         batch_size: Tokens of a batch over all ranks; the number of ranks divides it.
-        lm_batch_size: Inputs to read at once.
+        model_batch_size: Inputs to read at once.
         seed: Seed of the shuffle.
         source: What is read, for error messages.
         start: Returns the cursor to start at; asked at each `iter()`.
+        ranks: The processes that share out the tokens of a batch.
         ahead: Whether a thread reads a block while the one before is in use.
     """
 
     blocks: Callable[[int], Iterator[Tensor]]
     kept: Callable[[Tensor], Tensor]
-    read: Read
+    read: Callable[[Tensor], Tensor]
     batch_size: int
-    lm_batch_size: int
+    model_batch_size: int
     seed: int
     source: str
     start: Callable[[], Cursor]
+    ranks: Ranks = field(default_factory=Ranks)
     ahead: bool = True
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        """Yields this rank's share of every batch from the cursor on.
+        """Yield this rank's share of every batch from the cursor on.
 
         Raises:
-            ValueError: Activations are not finite, or a block gives less than one batch.
+            UsageError: If activations are not finite, or a block gives less than one batch.
         """
-        share = self.batch_size // world_size()
+        share = self.batch_size // self.ranks.size
         start, first = self.start()
         blocks = self._blocks(start)
         in_turn = ((block, self._read_share(block, Event())) for block in blocks)
@@ -111,7 +107,7 @@ class ActivationStream:
             order = block.order.to(activations.device)
             batches = len(order) // self.batch_size
             for batch in range(first, batches):
-                begin = batch * self.batch_size + rank() * share
+                begin = batch * self.batch_size + self.ranks.index * share
                 following = (block.number, batch + 1)
                 yield {
                     "activations": activations[order[begin : begin + share]].float(),
@@ -126,28 +122,27 @@ class ActivationStream:
             yield _Block(number, inputs, kept, self._order(number, kept))
 
     def _read_share(self, block: _Block, closing: Event) -> Tensor:
-        """Reads this process's share of a block's LM batches, an equal number in each process.
+        """Read this process's share of a block's model batches, an equal number in each process.
 
-        The LM batches are the same for any number of processes, and so the activations, bit for
-        bit.
+        These are the same for any number of processes, and so the activations, bit for bit.
 
         Args:
             block: The same in every process.
             closing: Once set, nobody wants the rest.
 
         Returns:
-            Activations, (LM batches of a process * lm_batch_size, length, d_model).
+            Activations, (model batches of a process * model_batch_size, length, d_model).
         """
         process, count = processes()
-        parts = block.inputs.split(self.lm_batch_size)
+        parts = block.inputs.split(self.model_batch_size)
         share = math.ceil(len(parts) / count)
         # A process beyond the last part reads that one again: the collective needs equal shapes.
         places = range(process * share, (process + 1) * share)
         states = (self.read(parts[min(place, len(parts) - 1)]) for place in places)
         first = next(states)
-        mine = first.new_empty(share * self.lm_batch_size, *first.shape[1:])
+        mine = first.new_empty(share * self.model_batch_size, *first.shape[1:])
         for i, part in enumerate(itertools.chain([first], states)):
-            mine[i * self.lm_batch_size :][: len(part)] = part
+            mine[i * self.model_batch_size :][: len(part)] = part
             if closing.is_set():
                 break
         return mine
@@ -168,47 +163,50 @@ class HeldOutBatches:
     """Held-out inputs in a fixed order, every rank the same number of batches.
 
     Args:
-        contexts: Inputs; at least one per rank.
-        kept: Inputs to the mask of positions to measure on, (inputs, length).
-        read: Reads activations on this rank.
-        lm_batch_size: Inputs of a batch, or one or a few less.
+        inputs: At least one per rank, (inputs, ...).
+        kept: Maps inputs to the mask of positions to measure on, (inputs, length).
+        read: Maps inputs to their activations, (inputs, length, d_model), on this rank.
+        model_batch_size: Inputs of a batch, or one or a few less.
         source: What is read, for error messages.
-        modality: What the inputs are.
+        key: Key of the inputs in a batch.
+        ranks: The processes that share out the batches.
     """
 
-    contexts: Tensor
+    inputs: Tensor
     kept: Callable[[Tensor], Tensor]
-    read: Read
-    lm_batch_size: int
+    read: Callable[[Tensor], Tensor]
+    model_batch_size: int
     source: str
-    modality: Modality = TEXT
+    key: str = "input_ids"
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __len__(self) -> int:
-        """Batches of this rank."""
-        ranks, contexts = world_size(), len(self.contexts)
-        return min(math.ceil(contexts / (self.lm_batch_size * ranks)), contexts // ranks)
+        """Return the number of this rank's batches."""
+        ranks, inputs = self.ranks.size, len(self.inputs)
+        return min(math.ceil(inputs / (self.model_batch_size * ranks)), inputs // ranks)
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
-        """Yields every n-th batch, n the number of ranks.
+        """Yield every n-th batch, n the number of ranks.
 
         Raises:
-            ValueError: Activations are not finite.
+            UsageError: If activations are not finite.
         """
         # Equal numbers of batches, no batch empty: collectives hang when a rank has one less.
-        batches = self.contexts.tensor_split(len(self) * world_size())
-        for inputs in batches[rank() :: world_size()]:
+        ranks = self.ranks
+        batches = self.inputs.tensor_split(len(self) * ranks.size)
+        for inputs in batches[ranks.index :: ranks.size]:
             activations, kept = self.read(inputs), self.kept(inputs)
-            _check_finite(activations, kept, f"{self.source}, held-out {self.modality.argument}")
+            _check_finite(activations, kept, self.source)
             batch = {
                 "activations": activations[kept.to(activations.device)].float(),
-                self.modality.key: inputs,
+                self.key: inputs,
                 "kept": kept,
             }
-            yield cast(HeldOutBatch, batch)  # a type checker cannot know the modality's key
+            yield cast(HeldOutBatch, batch)  # a type checker cannot know the key
 
 
 def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
-    """Raises ValueError if an activation at a kept position is NaN or infinite.
+    """Raise UsageError if an activation at a kept position is NaN or infinite.
 
     Args:
         activations: (inputs, length, d_model).
@@ -221,7 +219,7 @@ def _check_finite(activations: Tensor, kept: Tensor, where: str) -> None:
 
 
 def _gather(mine: Tensor) -> Tensor:
-    """Returns what all processes have read, one after another."""
+    """Return what all processes have read, one after another."""
     _, count = processes()
     if count == 1:
         return mine

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lightning_sae.checks import UsageError
-from lightning_sae.data.examples import load_examples
-from lightning_sae.data.modality import TEXT
+from lightning_sae.data.examples import Modality, load_examples
 from lightning_sae.quickstart import TEXT as QUICKSTART
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 __all__ = ["load_documents"]
+
+TEXT: Final = Modality(
+    argument="text",
+    examples="documents",
+    builders={".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"},
+)
 
 
 def load_documents(
@@ -27,7 +32,7 @@ def load_documents(
     streaming: bool,
     seed: int,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Opens a text data set as training and held-out documents, none of them in both.
+    """Open a text data set as training and held-out documents, none of them in both.
 
     Args:
         text: "quickstart", a file, a folder or a hub data set. In `.txt` files a document is a
@@ -45,7 +50,7 @@ def load_documents(
         Training and held-out documents, each with `text_column` as its only column.
 
     Raises:
-        ValueError: The text, split or column does not exist, or holds too few documents.
+        UsageError: If the text, split or column does not exist, or holds too few documents.
     """
     if not text:  # else it is the folder we are in
         raise UsageError("text='' is no data set")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,17 +26,16 @@ class VisionModel(FrozenModel):
 
     Any that `AutoModel` can load and that keeps its patches as they were cut: ViT, DeiT, BEiT,
     DINOv2 and v3, and the image half of CLIP or SigLIP. The tokens before the patches (class,
-    distillation, registers) take part in the model, but are not among the activations.
+    distillation, registers) take part in the model, but are not among the activations. Its inputs
+    are pixels, (images, 3, height, width).
     """
-
-    dtype_argument: ClassVar[str] = "model_dtype"
 
     @cached_property
     def patches(self) -> int:
         """Patches of an image, known without any weights.
 
         Raises:
-            ValueError: The model is no vision transformer, or says not how to prepare images.
+            UsageError: If it is no vision transformer, or does not say how to prepare images.
         """
         size = getattr(self.config, "patch_size", None)
         if size is None:
@@ -47,10 +46,10 @@ class VisionModel(FrozenModel):
         return (self._shape[1] // height) * (self._shape[2] // width)
 
     def pixels(self, image: Image) -> Tensor:
-        """Prepares an RGB image as the model was trained on them, (3, height, width) float32.
+        """Return an RGB image as the model was trained on them, (3, height, width) float32.
 
         Raises:
-            ValueError: The model does not make all images of one size.
+            UsageError: If the model does not make all images of one size.
         """
         pixels = self._prepare(image)
         if pixels.shape != self._shape:
@@ -60,7 +59,12 @@ class VisionModel(FrozenModel):
             )
         return pixels
 
-    def _read(self, inputs: Tensor, device: torch.device) -> Tensor:
+    def read(self, inputs: Tensor, device: torch.device) -> Tensor:
+        """Return the activations of images' patches, (images, patches, d_model), on this device.
+
+        Raises:
+            UsageError: If the model does not keep one activation a patch.
+        """
         pixels = inputs.to(device, getattr(torch, self.dtype))
         states = self.residual_stream(device).read(pixels)  # (images, positions, d_model)
         if states.dim() != 3 or states.shape[1] < self.patches:
@@ -74,7 +78,12 @@ class VisionModel(FrozenModel):
         read: PretrainedConfig = getattr(saved, "vision_config", saved)
         return read
 
-    def _load(self) -> Any:
+    def load(self) -> Any:
+        """Return the model with its weights.
+
+        Raises:
+            UsageError: If there are none in safetensors files, or not all that are read.
+        """
         from transformers import AutoModel
 
         with _without_report():
@@ -115,7 +124,7 @@ class VisionModel(FrozenModel):
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Silences the table of weights not used: the head of a classifier, the text half of CLIP."""
+    """Silence the table of weights not used: the head of a classifier, the text half of CLIP."""
     from transformers.utils.logging import get_verbosity, set_verbosity
 
     level = get_verbosity()

@@ -42,7 +42,7 @@ def read_slowly(vision_folder, images):
 
 
 def test_every_patch_is_trained_on_once_an_epoch(make_images, vision_folder):
-    held_out = {image["image"].tobytes() for image in make_images().held_out_images}
+    held_out = {make_images().image(number).tobytes() for number in range(20)}
     assert len(held_out) == 20
     images = [image for image in pictures(60) if image.tobytes() not in held_out]
     expected = read_slowly(vision_folder, images).flatten(0, 1).double()
@@ -62,7 +62,7 @@ def test_held_out_batches_are_those_of_the_model(make_images, vision_folder):
     assert [len(loader) for loader in loaders] == [4, 3]
     numbers = []
     for batch in itertools.chain(*loaders):
-        images = [datamodule.held_out_images[i]["image"] for i in batch["image_numbers"].tolist()]
+        images = [datamodule.image(number) for number in batch["image_numbers"].tolist()]
         expected = read_slowly(vision_folder, images).flatten(0, 1)
         torch.testing.assert_close(batch["activations"], expected)
         assert batch["kept"].shape == (len(images), PATCHES)
@@ -111,7 +111,7 @@ def test_a_resumed_run_goes_on_where_it_was(make_images, tmp_path):
         assert same(module.trained, expected.trained[cut:])
         assert torch.equal(module.layer.weight, expected.layer.weight)
     other = save_images(tmp_path / "other", 60, seed=1)
-    with pytest.warns(UserWarning, match=r"^images=.* of block \d, which is other images now$"):
+    with pytest.warns(UserWarning, match=r"^images=.* of block \d, which is of other images now$"):
         trainer(tmp_path, STEPS).fit(
             Recorder(), make_images(images=str(other)), ckpt_path=checkpoint
         )
@@ -145,11 +145,10 @@ def test_an_autoencoder_is_trained_and_tested_on_patches(make_images, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"layer": -1}, "layer=-1 should be at least 0"),
-        ({"held_out_images": 0}, "held_out_images=0 should be at least 1"),
-        ({"model_batch_size": 0}, "model_batch_size=0 should be at least 1"),
-        ({"test_tokens": 0}, "test_tokens=0 should be at least 1"),
-        ({"model_dtype": "int8"}, "model_dtype='int8' should be one of float32, bfloat16, float16"),
+        ({"layer": -1}, "layer=-1 must be at least 0"),
+        ({"held_out_images": 0}, "held_out_images=0 must be at least 1"),
+        ({"model_batch_size": 0}, "model_batch_size=0 must be at least 1"),
+        ({"test_tokens": 0}, "test_tokens=0 must be at least 1"),
     ],
 )
 def test_arguments_out_of_range(make_images, changed, message):
@@ -158,7 +157,7 @@ def test_arguments_out_of_range(make_images, changed, message):
 
 
 def test_mistakes_found_when_needed(make_images):
-    with pytest.raises(ValueError, match=r"^validation_tokens=8 should be at least 9$"):
+    with pytest.raises(ValueError, match=r"^validation_tokens=8 must be at least 9$"):
         make_images(validation_tokens=8).val_dataloader()
     message = r"^test_tokens=63: images='.*' has 0 held-out images for it, 1 devices need one each$"
     with pytest.raises(ValueError, match=message):

@@ -82,7 +82,7 @@ def arguments(model_folder, text_file):
         "context_length": LENGTH,
         "batch_size": 64,
         "batches_per_block": 4,
-        "lm_batch_size": 5,
+        "model_batch_size": 5,
         "validation_tokens": 20 * LENGTH,
         "test_tokens": 12 * LENGTH,
     }

@@ -28,7 +28,7 @@ SMALL = {
     "data.held_out_documents": 50,
     "data.validation_tokens": 1024,
     "data.test_tokens": 1024,
-    "data.lm_batch_size": 8,
+    "data.model_batch_size": 8,
 }
 
 

@@ -1,4 +1,6 @@
-"""The data module in a Trainer: what training sees, whole, interrupted and between validations."""
+"""What all data modules do in a Trainer, seen on text: whole, interrupted, between validations."""
+
+import itertools
 
 import lightning.pytorch as pl
 import pytest
@@ -82,3 +84,37 @@ def test_another_stream_than_the_checkpoints_is_told(make, uninterrupted, tmp_pa
     message = r"^batch_size=32 was 64 in the checkpoint: training continues at batch 1 of block 1"
     with pytest.warns(UserWarning, match=message):
         trainer(tmp_path, max_steps=6).fit(Recorder(), make(batch_size=32), ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("precision", "changed", "ahead"),
+    [
+        ("32-true", {}, True),
+        ("bf16-mixed", {}, True),
+        ("bf16-true", {}, False),
+        ("64-true", {}, False),
+        ("32-true", {"model_dtype": "bfloat16"}, True),  # the first block waits for the model
+        ("32-true", {"cache_dir": "cache"}, True),
+        ("32-true", {"model_dtype": "bfloat16", "cache_dir": "cache"}, False),
+    ],
+)
+def test_nothing_is_read_while_the_default_dtype_may_change(
+    make, tmp_path, monkeypatch, precision, changed, ahead
+):
+    monkeypatch.chdir(tmp_path)
+    datamodule = make(**changed)
+    datamodule.trainer = trainer(tmp_path, precision=precision)
+    assert datamodule.train_dataloader().ahead is ahead
+    assert len(list(itertools.islice(datamodule.train_dataloader(), 1))) == 1
+
+
+def test_a_checkpoint_says_which_inputs_its_place_is_in(make):
+    state = make(streaming=True).state_dict()
+    assert state["cursor"] == (0, 0)
+    assert state["place"]["streaming"] is True
+    assert state["place"]["batch_size"] == 64
+    assert set(state["place"]) == {
+        *("model_name", "batch_size", "batches_per_block", "seed", "text", "text_config"),
+        *("text_column", "train_split", "validation_split", "held_out_documents", "streaming"),
+        "context_length",
+    }

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import cached_property
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_sae.data.base import FrozenModelDataModule
-from lightning_sae.data.contexts import Contexts, held_out_contexts, train_contexts
+from lightning_sae.checks import require_at_least, require_positive
+from lightning_sae.data.blocks import Inputs
+from lightning_sae.data.contexts import PackedContexts, StreamedContexts
 from lightning_sae.data.frozen_model import Dtype
+from lightning_sae.data.frozen_model_datamodule import FrozenModelDataModule
 from lightning_sae.data.language_model import LanguageModel
-from lightning_sae.data.modality import TEXT, Modality
 from lightning_sae.data.packer import Packer
-from lightning_sae.data.stream import Read
 from lightning_sae.data.text import load_documents
 
 __all__ = ["ActivationDataModule"]
-
-SOURCE: Final = tuple(inspect.signature(load_documents).parameters)
-"""The arguments that `load_documents` takes from the data module."""
 
 
 class ActivationDataModule(FrozenModelDataModule):
@@ -57,8 +53,8 @@ class ActivationDataModule(FrozenModelDataModule):
         batch_size: Tokens of a training batch, over all devices.
         batches_per_block: Batches whose tokens are shuffled together. Twice as many are in memory:
             the next ones are read while these are trained on.
-        lm_batch_size: Contexts of one forward pass of the language model.
-        lm_dtype: What the language model computes in.
+        model_batch_size: Contexts of one forward pass of the language model.
+        model_dtype: What the language model computes in.
         validation_tokens: Tokens of held-out text to validate on, in whole contexts.
         test_tokens: Tokens of held-out text to test on: those that come after.
         cache_dir: Folder to keep activations in; runs that need the same ones then do not
@@ -66,15 +62,17 @@ class ActivationDataModule(FrozenModelDataModule):
         seed: Seed of every choice and shuffle.
 
     Raises:
-        ValueError: An argument is out of its range. Models and text that cannot be read are
+        UsageError: If an argument is out of its range. Models and text that cannot be read are
             noticed when first needed.
     """
 
-    modality: ClassVar[Modality] = TEXT
+    noun: ClassVar[str] = "contexts"
     place: ClassVar[tuple[str, ...]] = (
-        *SOURCE,
-        *("model_name", "context_length", "batch_size", "batches_per_block"),
+        *FrozenModelDataModule.place,
+        *("text", "text_config", "text_column", "train_split", "validation_split"),
+        *("held_out_documents", "streaming", "context_length"),
     )
+    model: LanguageModel
 
     def __init__(
         self,
@@ -92,63 +90,79 @@ class ActivationDataModule(FrozenModelDataModule):
         context_length: int = 128,
         batch_size: int = 4096,
         batches_per_block: int = 32,
-        lm_batch_size: int = 32,
-        lm_dtype: Dtype = "float32",
+        model_batch_size: int = 32,
+        model_dtype: Dtype = "float32",
         validation_tokens: int = 65536,
         test_tokens: int = 65536,
         cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
+        require_positive(held_out_documents=held_out_documents)
+        require_at_least(2, context_length=context_length)
+        require_at_least(
+            context_length, validation_tokens=validation_tokens, test_tokens=test_tokens
+        )
         super().__init__(
-            LanguageModel(model_name, layer, revision=model_revision, dtype=lm_dtype),
+            LanguageModel(model_name, layer, revision=model_revision, dtype=model_dtype),
             batch_size=batch_size,
             batches_per_block=batches_per_block,
-            lm_batch_size=lm_batch_size,
+            model_batch_size=model_batch_size,
+            validation_tokens=validation_tokens,
+            test_tokens=test_tokens,
             cache_dir=cache_dir,
             seed=seed,
         )
         self.save_hyperparameters()
-        least = {"layer": 0, "held_out_documents": 1, "context_length": 2, "batch_size": 1}
-        least |= {"batches_per_block": 1, "lm_batch_size": 1, "seed": 0}
-        least |= {"validation_tokens": context_length, "test_tokens": context_length}
-        self._check_at_least(least)
+        self.source = f"text={text!r}"
+        self.text = text
+        self.text_config = text_config
+        self.text_column = text_column
+        self.train_split = train_split
+        self.validation_split = validation_split
+        self.held_out_documents = held_out_documents
+        self.streaming = streaming
         self.context_length = context_length
-        self._model: LanguageModel
 
-    def _tokens_per_input(self) -> int:
+    @property
+    def positions_per_input(self) -> int:
+        """Tokens of a context, the special ones included."""
+        return self.context_length
+
+    @property
+    def tokens_per_input(self) -> int:
+        """All tokens of a context but the first, if none of the others is special."""
         return self.context_length - 1
 
-    def _kept(self, inputs: Tensor) -> Tensor:
+    def kept(self, inputs: Tensor) -> Tensor:
+        """Return which tokens are neither special nor the first: a bool mask, as the contexts."""
         return self._packer.kept(inputs)
 
-    def _train_inputs(self) -> tuple[Contexts, Read]:
-        return self._train_contexts, self._model.reader(self._device, self.cache_dir)
+    def train_inputs(self) -> Inputs:
+        """Return the contexts of the documents to train on; without `streaming`, packs them all."""
+        packer = self._packer  # first, to find a mistake in it before reading the text
+        documents = self._documents[0]
+        if self.streaming:
+            return StreamedContexts(documents, self.text_column, packer)
+        return PackedContexts(packer.pack_all(documents, self.text_column))
 
-    def _held_out_inputs(self, stage: str) -> tuple[Tensor, Read]:
-        return self._held_out_contexts[stage], self._model.reader(self._device, self.cache_dir)
+    def held_out_inputs(self) -> Inputs:
+        """Return the contexts of the held-out documents; packs no more of them than are needed."""
+        return StreamedContexts(self._documents[1], self.text_column, self._packer)
 
     @cached_property
     def _packer(self) -> Packer:
-        return Packer(self._model.tokenizer(self.context_length), self.context_length)
+        return Packer(self.model.tokenizer(self.context_length), self.context_length)
 
     @cached_property
     def _documents(self) -> tuple[Any, Any]:
         """Documents to train on and held-out documents."""
-        return load_documents(**{name: self.hparams[name] for name in SOURCE})
-
-    @cached_property
-    def _train_contexts(self) -> Contexts:
-        packer = self._packer  # first, to find a mistake in it before reading the text
-        text, column = self.hparams["text"], self.hparams["text_column"]
-        return train_contexts(self._documents[0], column, packer, text=text, seed=self.seed)
-
-    @cached_property
-    def _held_out_contexts(self) -> dict[str, Tensor]:
-        return held_out_contexts(
-            self._documents[1],
-            self.hparams["text_column"],
-            self._packer,
-            text=self.hparams["text"],
-            validation=self.hparams["validation_tokens"] // self.context_length,
-            test=self.hparams["test_tokens"] // self.context_length,
+        return load_documents(
+            self.text,
+            text_config=self.text_config,
+            text_column=self.text_column,
+            train_split=self.train_split,
+            validation_split=self.validation_split,
+            held_out_documents=self.held_out_documents,
+            streaming=self.streaming,
+            seed=self.seed,
         )

@@ -1,0 +1,142 @@
+"""Inputs in order: endless blocks of them to train on, and the first few to hold out."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_sae.checks import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Inputs", "NumberedInputs", "endless_blocks", "held_out_parts"]
+
+
+class NumberedInputs(Protocol):
+    """Inputs of a known number: a list of tensors, a tensor, or a map-style `Dataset` of torch.
+
+    Where there is a `__getitems__` too, which maps several numbers to a list of inputs, it is used,
+    as torch's `DataLoader` does.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Tensor: ...
+
+
+Inputs = NumberedInputs | Iterable[Tensor]
+"""Tensors of one shape: of a known number, or else any iterable that starts afresh each time.
+
+What has a length is shuffled; what has none is read in its order, from its beginning each epoch.
+"""
+
+
+def endless_blocks(
+    inputs: Inputs, first: int, *, size: int, minimum: int, seed: int, source: str, noun: str
+) -> Iterator[Tensor]:
+    """Yield block `first` and all that follow, epoch after epoch, without end.
+
+    Block b is the inputs [b * size, (b + 1) * size) of the sequence of all epochs. Inputs that have
+    a length come each epoch in an order drawn from (seed, epoch). Others come in their own, and to
+    skip blocks is to read all that is in them.
+
+    Args:
+        inputs: Those of one epoch.
+        first: Block to start at.
+        size: Inputs of a block.
+        minimum: Inputs that an epoch should have.
+        seed: Seed of the order.
+        source: What is called so in messages: the argument that names the data, and its value.
+        noun: What the inputs are called there, in the plural.
+
+    Yields:
+        Inputs, (size, ...).
+
+    Raises:
+        UsageError: If an epoch has fewer inputs than `minimum`.
+    """
+
+    def check_enough(total: int) -> None:
+        if total < minimum:
+            raise UsageError(
+                f"{source} gives only {total} {noun} to train on; one batch needs {minimum}"
+            )
+
+    if hasattr(inputs, "__len__"):
+        return _shuffled(cast(NumberedInputs, inputs), first, size, seed, check_enough)
+    return _in_order(inputs, first, size, check_enough)
+
+
+def held_out_parts(
+    inputs: Inputs, *, validation: int, test: int, source: str, noun: str
+) -> dict[str, list[Tensor]]:
+    """Share out held-out inputs, asking for no more than are needed; say so if they are too few.
+
+    Args:
+        inputs: Those that are never trained on.
+        validation: How many to validate on: the first ones.
+        test: How many to test on: those that follow.
+        source: What is called so in the message: the argument that names the data, and its value.
+        noun: What the inputs are called there, in the plural.
+
+    Returns:
+        The inputs of "validation" and "test".
+    """
+    first = _first(inputs, validation + test)
+    parts = {"validation": first[:validation], "test": first[validation:]}
+    if len(first) < validation + test:
+        rank_zero_info(
+            f"{source} has {len(first)} held-out {noun}: "
+            f"{len(parts['validation'])} of {validation} to validate on, "
+            f"{len(parts['test'])} of {test} to test on"
+        )
+    return parts
+
+
+def _first(inputs: Inputs, count: int) -> list[Tensor]:
+    if hasattr(inputs, "__len__"):
+        numbered = cast(NumberedInputs, inputs)
+        return [numbered[number] for number in range(min(count, len(numbered)))]
+    return list(itertools.islice(inputs, count))
+
+
+def _shuffled(
+    inputs: NumberedInputs, first: int, size: int, seed: int, check_enough: Callable[[int], None]
+) -> Iterator[Tensor]:
+    total = len(inputs)
+    check_enough(total)
+    several = getattr(inputs, "__getitems__", None)
+
+    @functools.lru_cache(maxsize=2)  # a block may straddle two epochs
+    def order(epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng((seed, 0, epoch)).permutation(total)
+
+    for block in itertools.count(first):
+        epochs, places = np.divmod(np.arange(block * size, (block + 1) * size), total)
+        rows = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        numbers = np.concatenate(rows).tolist()
+        yield torch.stack(several(numbers) if several else [inputs[number] for number in numbers])
+
+
+def _in_order(
+    inputs: Iterable[Tensor], first: int, size: int, check_enough: Callable[[int], None]
+) -> Iterator[Tensor]:
+    def endless() -> Iterator[Tensor]:
+        while True:
+            total = 0
+            for each in inputs:
+                total += 1
+                yield each
+            check_enough(total)
+
+    rest = itertools.islice(endless(), first * size, None)
+    while True:
+        yield torch.stack(list(itertools.islice(rest, size)))

@@ -1,0 +1,299 @@
+"""The base of every data module: stream a frozen model's activations, and keep the place."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_sae.checks import UsageError, require_at_least, require_positive
+from lightning_sae.data.blocks import Inputs, endless_blocks, held_out_parts
+from lightning_sae.data.frozen_model import FrozenModel
+from lightning_sae.data.stream import ActivationStream, Cursor, HeldOutBatches
+from lightning_sae.parallel import ranks_of
+from lightning_sae.residual_stream import ResidualStream
+
+__all__ = ["FrozenModelDataModule"]
+
+
+class FrozenModelDataModule(pl.LightningDataModule, ABC):
+    """Activations of one layer of a frozen model: endless, shuffled, resumable.
+
+    Training batches are tensors (tokens, d_model), float32: `batch_size` tokens over all devices.
+    The stream never ends (give the Trainer `max_steps`) and is a function of the arguments
+    alone: it does not depend on the number of devices, and a run resumed from a checkpoint goes
+    on bit for bit where it was. Validation, test and prediction batches are `HeldOutBatch`
+    dictionaries of inputs that are never trained on.
+
+    A data source of one's own is a subclass: `positions_per_input`, `train_inputs` and
+    `held_out_inputs` are all that it must have. It may say which positions count (`kept`,
+    `tokens_per_input`), how inputs are read (`read`), and what they are called (`source`, `noun`,
+    `input_key`, `place`). Its constructor passes on a model and the arguments below; one that
+    takes `**options` for them has them on the command line too.
+
+    Args:
+        model: What is read.
+        batch_size: Tokens of a training batch, over all devices.
+        batches_per_block: Batches whose tokens are shuffled together. Twice as many are in memory:
+            the next ones are read while these are trained on.
+        model_batch_size: Inputs of one forward pass of the model.
+        validation_tokens: Positions of held-out inputs to validate on, in whole inputs.
+        test_tokens: Positions of held-out inputs to test on: those that come after.
+        cache_dir: Folder to keep activations in; runs that need the same ones then do not
+            compute them, nor load the model. None: keep none.
+        seed: Seed of every choice and shuffle.
+
+    Raises:
+        UsageError: If an argument is out of its range.
+
+    Example:
+        >>> from lightning_sae.data import LanguageModel
+        >>> class Counting(FrozenModelDataModule):
+        ...     positions_per_input = 16
+        ...     def train_inputs(self):
+        ...         return [torch.arange(16) + n for n in range(100)]
+        ...     def held_out_inputs(self):
+        ...         return [torch.arange(16) + n for n in range(100, 120)]
+        >>> data = Counting(LanguageModel("quickstart", layer=2), batch_size=64)
+        >>> next(iter(data.train_dataloader()))["activations"].shape
+        torch.Size([64, 256])
+    """
+
+    source: str = "the data"
+    """What messages call the data: best the argument that names them, and its value."""
+    noun: ClassVar[str] = "inputs"
+    """What messages call the inputs, in the plural."""
+    input_key: ClassVar[str] = "input_ids"
+    """The key of the inputs in a held-out batch. Of token ids it is this one for all callbacks."""
+    place: ClassVar[tuple[str, ...]] = ("model_name", "batch_size", "batches_per_block", "seed")
+    """The attributes, numbers or strings, that decide which inputs a place in the stream means.
+
+    Checkpoints note them, and a run that goes on with others warns. A subclass adds its own.
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        *,
+        batch_size: int = 4096,
+        batches_per_block: int = 32,
+        model_batch_size: int = 32,
+        validation_tokens: int = 65536,
+        test_tokens: int = 65536,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        require_positive(
+            batch_size=batch_size,
+            batches_per_block=batches_per_block,
+            model_batch_size=model_batch_size,
+            validation_tokens=validation_tokens,
+            test_tokens=test_tokens,
+        )
+        require_at_least(0, seed=seed)
+        self.model = model
+        self.batch_size = batch_size  # the name that Lightning's batch size finder looks for
+        self.batches_per_block = batches_per_block
+        self.model_batch_size = model_batch_size
+        self.validation_tokens = validation_tokens
+        self.test_tokens = test_tokens
+        self.cache_dir = cache_dir
+        self.seed = seed
+        self._cursor: Cursor = (0, 0)
+
+    @property
+    @abstractmethod
+    def positions_per_input(self) -> int:
+        """Positions at which the model is read of one input: the length of a context, say."""
+
+    @abstractmethod
+    def train_inputs(self) -> Inputs:
+        """Return the inputs to train on; called once in a process.
+
+        Returns:
+            Tensors of one shape. A list of them, a tensor (inputs, ...) or a map-style `Dataset` of
+            torch comes each epoch in a new order. Any other iterable that starts afresh each time,
+            for data that are too many to be stored, comes in its own.
+        """
+
+    @abstractmethod
+    def held_out_inputs(self) -> Inputs:
+        """Return inputs that are never trained on; called once in a process.
+
+        The first `validation_tokens` of them are validated on, and the next `test_tokens` tested.
+        """
+
+    @property
+    def tokens_per_input(self) -> int:
+        """Positions of an input that are trained on, at most; a block's size follows from it."""
+        return self.positions_per_input
+
+    def kept(self, inputs: Tensor) -> Tensor:
+        """Return which positions are trained and measured on; by default all.
+
+        Args:
+            inputs: Some of them, (inputs, ...).
+
+        Returns:
+            A bool mask, (inputs, positions_per_input).
+        """
+        return torch.ones(len(inputs), self.positions_per_input, dtype=torch.bool)
+
+    def read(self, inputs: Tensor) -> Tensor:
+        """Return the activations of inputs, (inputs, positions_per_input, d_model).
+
+        A subclass whose inputs only stand for what the model reads makes that of them, and passes
+        it on to this method. It is called in a thread of its own, with up to `model_batch_size`
+        inputs, (inputs, ...), of which each process reads a share.
+        """
+        return self.model.reader(self._device, self.cache_dir)(inputs)
+
+    @property
+    def model_name(self) -> str:
+        """What the user calls the model."""
+        return self.model.name
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream, known without loading any weights.
+
+        Raises:
+            UsageError: If there is no such model, or it has no such layer.
+        """
+        return self.model.d_model
+
+    @property
+    def residual_stream(self) -> ResidualStream:
+        """The layer of the frozen model, on the trainer's device; loaded at first use."""
+        return self.model.residual_stream(self._device)
+
+    def prepare_data(self) -> None:
+        """Prepare what to train on, once per machine; its other processes find it on disk."""
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            _ = self._train_inputs
+
+    def train_dataloader(self) -> ActivationStream:
+        """Return the endless stream of `TrainBatch` dictionaries, from where training was left.
+
+        Raises:
+            UsageError: If the devices cannot share a batch equally.
+        """
+        ranks = ranks_of(self.trainer)
+        if self.batch_size % ranks.size:
+            raise UsageError(
+                f"batch_size={self.batch_size} cannot be shared by {ranks.size} devices"
+            )
+        tokens = self.tokens_per_input
+        blocks = partial(
+            endless_blocks,
+            self._train_inputs,
+            # A quarter of a batch makes up for special tokens; the rest of it is dropped.
+            size=math.ceil((self.batches_per_block + 0.25) * self.batch_size / tokens),
+            minimum=math.ceil(self.batch_size / tokens),
+            seed=self.seed,
+            source=self.source,
+            noun=self.noun,
+        )
+        return ActivationStream(
+            blocks=blocks,
+            kept=self.kept,
+            read=self.read,
+            batch_size=self.batch_size,
+            model_batch_size=self.model_batch_size,
+            seed=self.seed,
+            source=str(self.model),
+            start=self._start,
+            ranks=ranks,
+            ahead=self._may_read_ahead,
+        )
+
+    def val_dataloader(self) -> HeldOutBatches:
+        """Return `HeldOutBatch` dictionaries of the first `validation_tokens` held out."""
+        return self._held_out_batches("validation", self.validation_tokens)
+
+    def test_dataloader(self) -> HeldOutBatches:
+        """Return `HeldOutBatch` dictionaries of the next `test_tokens` held out."""
+        return self._held_out_batches("test", self.test_tokens)
+
+    def predict_dataloader(self) -> HeldOutBatches:
+        """Return the batches of `test_dataloader`."""
+        return self.test_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Take the cursor off a training batch; Lightning calls this when it consumes a batch.
+
+        It fetches batches ahead, so the last one fetched would be too far.
+        """
+        if not (isinstance(batch, dict) and "cursor" in batch):
+            return batch
+        self._cursor = batch["cursor"]
+        return batch["activations"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place right after the batch consumed last, and what gives it meaning."""
+        return {"cursor": self._cursor, "place": {name: getattr(self, name) for name in self.place}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue right after the batch that was consumed last when the state was saved."""
+        block, batch = self._cursor = state_dict["cursor"]
+        for name, before in state_dict["place"].items():
+            now = getattr(self, name, None)
+            if now != before:
+                rank_zero_warn(
+                    f"{name}={now!r} was {before!r} in the checkpoint: training continues at batch "
+                    f"{batch} of block {block}, which is of other {self.noun} now"
+                )
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    @property
+    def _may_read_ahead(self) -> bool:
+        # The default dtype is that of all threads. In a step of "bf16-true", say, it is bfloat16,
+        # and while a bfloat16 model is loaded, which with a cache may be at any time.
+        precision = "32-true" if self.trainer is None else self.trainer.precision
+        loaded_first = self.cache_dir is None or self.model.dtype == "float32"
+        return loaded_first and precision in ("32-true", "bf16-mixed", "16-mixed")
+
+    def _start(self) -> Cursor:
+        # `Trainer(overfit_batches=n)` wants the same n batches in each epoch.
+        return (0, 0) if getattr(self.trainer, "overfit_batches", 0) else self._cursor
+
+    @cached_property
+    def _train_inputs(self) -> Inputs:
+        return self.train_inputs()
+
+    @cached_property
+    def _held_out_inputs(self) -> dict[str, list[Tensor]]:
+        """The inputs of "validation" and "test"."""
+        validation, test = self.validation_tokens, self.test_tokens
+        length = self.positions_per_input
+        require_at_least(length, validation_tokens=validation, test_tokens=test)
+        counts = {"validation": validation // length, "test": test // length}
+        return held_out_parts(self.held_out_inputs(), **counts, source=self.source, noun=self.noun)
+
+    def _held_out_batches(self, stage: str, tokens: int) -> HeldOutBatches:
+        inputs, ranks = self._held_out_inputs[stage], ranks_of(self.trainer)
+        if len(inputs) < ranks.size:
+            raise UsageError(
+                f"{stage}_tokens={tokens}: {self.source} has {len(inputs)} held-out {self.noun} "
+                f"for it, {ranks.size} devices need one each"
+            )
+        return HeldOutBatches(
+            inputs=torch.stack(inputs),
+            kept=self.kept,
+            read=self.read,
+            model_batch_size=self.model_batch_size,
+            source=f"{self.model}, held-out {self.noun}",
+            key=self.input_key,
+            ranks=ranks,
+        )

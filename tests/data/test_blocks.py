@@ -1,0 +1,138 @@
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_sae.data.blocks import endless_blocks, held_out_parts
+
+LENGTH = 4
+
+
+def numbered(total):
+    """Inputs that hold nothing but their number."""
+    return [torch.full((LENGTH,), number) for number in range(total)]
+
+
+@dataclass
+class OnceAPass:
+    """Inputs without a length, and how often they were begun."""
+
+    total: int
+    passes: list[int] = field(default_factory=list)
+
+    def __iter__(self):
+        self.passes.append(0)
+        yield from numbered(self.total)
+
+
+class Several(list):
+    """A list that is asked for several at once."""
+
+    def __init__(self, inputs):
+        super().__init__(inputs)
+        self.asked = []
+
+    def __getitem__(self, number):
+        raise AssertionError("they should be asked for at once")
+
+    def __getitems__(self, numbers):
+        self.asked.append(numbers)
+        return [torch.full((LENGTH,), number) for number in numbers]
+
+
+def blocks(inputs, size, first=0, count=1, *, minimum=1, seed=0):
+    arguments = {"size": size, "minimum": minimum, "seed": seed}
+    endless = endless_blocks(inputs, first, **arguments, source="text='a.txt'", noun="contexts")
+    return list(itertools.islice(endless, count))
+
+
+def numbers(inputs, size, first=0, count=1, **changed):
+    return torch.cat(blocks(inputs, size, first, count, **changed))[:, 0].tolist()
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(total=st.integers(1, 12), size=st.integers(1, 15), seed=st.integers(0, 3))
+def test_epochs_follow_each_other_and_each_is_a_permutation(total, size, seed):
+    found = blocks(numbered(total), size, 0, 8, seed=seed)
+    assert all(block.shape == (size, LENGTH) and block.dtype == torch.int64 for block in found)
+    order = torch.cat(found)[:, 0].tolist()
+    for epoch in range(len(order) // total):
+        assert sorted(order[epoch * total :][:total]) == list(range(total))
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(total=st.integers(1, 12), size=st.integers(1, 15), first=st.integers(0, 6))
+@pytest.mark.parametrize("of", [numbered, OnceAPass])
+def test_starting_late_skips_and_changes_nothing(of, total, size, first):
+    expected = blocks(of(total), size, 0, first + 2)[first:]
+    assert all(map(torch.equal, blocks(of(total), size, first, 2), expected))
+
+
+def test_orders_differ_by_epoch_and_by_seed():
+    first, second = (block[:, 0].tolist() for block in blocks(numbered(20), 20, 0, 2))
+    assert first != second
+    assert first != list(range(20))
+    assert first != numbers(numbered(20), 20, seed=1)
+    assert first == numbers(numbered(20), 20)
+
+
+def test_a_tensor_a_list_and_what_is_asked_at_once_are_the_same():
+    rows = numbered(7)
+    several = Several(rows)
+    expected = numbers(rows, 5, count=3)
+    assert numbers(torch.stack(rows), 5, count=3) == expected
+    assert numbers(several, 5, count=3) == expected
+    assert list(map(len, several.asked)) == [5, 5, 5]
+    assert blocks(torch.arange(7), 5, count=3)[2].tolist() == expected[10:]  # no dimension each
+
+
+def test_what_has_no_length_repeats_in_its_order():
+    inputs = OnceAPass(5)
+    assert numbers(inputs, 4, count=4) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+    assert len(inputs.passes) == 4
+
+
+@pytest.mark.parametrize("of", [numbered, OnceAPass])
+@pytest.mark.parametrize("total", [0, 3])
+def test_too_few_inputs(of, total):
+    message = rf"^text='a.txt' gives only {total} contexts to train on; one batch needs 4$"
+    with pytest.raises(ValueError, match=message):
+        blocks(of(total), 2, count=10, minimum=4)
+    assert len(blocks(of(4), 2, count=10, minimum=4)) == 10
+
+
+def test_an_iterator_that_cannot_start_afresh_is_told():
+    with pytest.raises(ValueError, match=r"gives only 0 contexts to train on; one batch needs 1$"):
+        blocks(iter(numbered(5)), 2, count=10)
+
+
+@pytest.mark.parametrize("of", [numbered, OnceAPass])
+@pytest.mark.parametrize(("validation", "test"), [(2, 3), (4, 0), (2, 9), (9, 2)])
+def test_held_out_inputs_are_the_first_ones(of, validation, test, caplog):
+    with caplog.at_level("INFO"):
+        parts = held_out_parts(
+            of(6), validation=validation, test=test, source="text='a.txt'", noun="contexts"
+        )
+    found = {stage: [int(each[0]) for each in part] for stage, part in parts.items()}
+    in_order = list(range(6))
+    expected = {"validation": in_order[:validation], "test": in_order[validation:][:test]}
+    assert found == expected
+    counts = [len(part) for part in expected.values()]
+    message = (
+        f"text='a.txt' has 6 held-out contexts: {counts[0]} of {validation} to "
+        f"validate on, {counts[1]} of {test} to test on"
+    )
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([message] if validation + test > 6 else [])
+
+
+def test_no_more_held_out_inputs_are_asked_for_than_needed():
+    def until_three():
+        yield from numbered(3)
+        raise AssertionError("a fourth was asked for")
+
+    parts = held_out_parts(until_three(), validation=1, test=2, source="", noun="")
+    assert [len(part) for part in parts.values()] == [1, 2]

@@ -1,0 +1,125 @@
+"""What all frozen models do, seen on a language model."""
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_sae.data.language_model import LanguageModel
+from tests.data.tiny import D_MODEL
+
+CPU = torch.device("cpu")
+
+
+def frozen_model(name, layer=1, dtype="float32"):
+    return LanguageModel(str(name), layer, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_model_is_frozen_in_eval_mode_and_of_the_dtype(model_folder, dtype):
+    stream = frozen_model(model_folder, dtype=dtype).residual_stream(CPU)
+    assert not stream.model.training
+    assert not any(p.requires_grad for p in stream.model.parameters())
+    assert {p.dtype for p in stream.model.parameters()} == {getattr(torch, dtype)}
+    assert stream.layer == 1
+    assert stream.d_model == D_MODEL == frozen_model(model_folder).d_model
+
+
+def test_it_is_loaded_once_and_only_when_read(model_folder, monkeypatch):
+    calls = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        calls.append(kwargs)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model = frozen_model(model_folder)
+    assert model.d_model == D_MODEL
+    read = model.reader(CPU)
+    assert not calls
+    ids = torch.zeros(2, 3).long()
+    assert torch.equal(read(ids), model.residual_stream(CPU).read(ids))
+    assert len(calls) == 1
+    assert calls[0]["use_safetensors"]
+
+
+def test_weights_loaded_or_moved_in_inference_mode_can_be_trained_through(model_folder):
+    model = frozen_model(model_folder)
+    weight = torch.ones(D_MODEL, requires_grad=True)
+    with torch.inference_mode():
+        stream = model.residual_stream(CPU)
+    stream.replace(torch.zeros(1, 3).long(), lambda x: x * weight).sum().backward()
+    assert weight.grad is not None
+    with torch.inference_mode():
+        stream = model.residual_stream(torch.device("meta"))
+    assert stream.device.type == "meta"
+    assert not any(p.is_inference() for p in stream.model.parameters())
+
+
+def test_cached_activations_are_told_apart_by_model_layer_and_dtype(model_folder, tmp_path):
+    ids = torch.zeros(2, 3).long()
+    other = tmp_path / "model"
+    shutil.copytree(model_folder, other)
+    weights = AutoModelForCausalLM.from_pretrained(other)
+    weights.transformer.h[0].ln_1.weight.data += 1
+    weights.save_pretrained(other)
+    variants = {
+        "first": {"name": model_folder},
+        "layer": {"name": model_folder, "layer": 0},
+        "dtype": {"name": model_folder, "dtype": "bfloat16"},
+        "weights": {"name": other},
+    }
+    for _ in range(2):
+        for variant in variants.values():
+            model = frozen_model(**variant)
+            activations = model.reader(CPU, str(tmp_path / "cache"))(ids)
+            assert torch.equal(activations, model.residual_stream(CPU).read(ids))
+    folders = sorted(folder.name for folder in (tmp_path / "cache").iterdir())
+    assert len(folders) == 4
+    assert all(len(list((tmp_path / "cache" / name).iterdir())) == 1 for name in folders)
+    assert any(name.startswith(f"{model_folder.name}-layer-1-float32-") for name in folders)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope", "^model_name='nope': We couldn't connect to 'https://huggingface.co'"),
+        ("no/such", "^model_name='no/such': We couldn't connect to 'https://huggingface.co'"),
+        ("./nope", r"^model_name='./nope': there is no such folder$"),
+        ("bad name!", r"^model_name='bad name!': Repo id must use"),
+    ],
+)
+def test_no_such_model(name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        _ = frozen_model(name).config
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_out_of_range(model_folder):
+    with pytest.raises(ValueError, match=r"^layer=-1 must be at least 0$"):
+        frozen_model(model_folder, layer=-1)
+    message = r"^model_dtype='int8' must be one of float32, bfloat16, float16$"
+    with pytest.raises(ValueError, match=message):
+        frozen_model(model_folder, dtype="int8")
+    with pytest.raises(ValueError, match=r"^layer=3 is out of range: .* has layers 0 to 2$"):
+        _ = frozen_model(model_folder, layer=3).config
+
+
+def test_threads_load_the_model_once(model_folder, monkeypatch):
+    """Transformers changes what all threads see while it loads one."""
+    model, loaded = frozen_model(model_folder), []
+    load = model.load
+    monkeypatch.setattr(model, "load", lambda: loaded.append(time.sleep(0.2)) or load())
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(model.residual_stream, CPU) for _ in range(2)]
+    assert streams[0].result() is streams[1].result()
+    assert len(loaded) == 1
+
+
+def test_it_says_what_it_is():
+    model = frozen_model("quickstart", dtype="bfloat16")
+    assert str(model) == "model_name='quickstart', layer=1, model_dtype='bfloat16'"
