@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and never of weights that are broken."""
+"""Checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_sae.checks import UsageError
 
-__all__ = ["AtomicCheckpointIO", "FiniteWeights", "check_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "check_checkpoint"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -71,31 +70,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(
                 f"the checkpoint {target} cannot be written: {reason or error}"
             ) from error
-
-
-class FiniteWeights(pl.Callback):
-    """Refuses to save weights that have become NaN or infinite: the last checkpoint is a good one.
-
-    Else a step that breaks them could be saved before the next one notices.
-    """
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Check the weights.
-
-        Raises:
-            ValueError: They are not finite.
-        """
-        for name, weights in pl_module.named_parameters():
-            if weights.dim() > 1:  # else the sum would copy all of them in float64
-                weights = torch.linalg.vector_norm(weights, ord=torch.inf, dim=1)
-            # NaN and infinity survive a sum, over processes too; NaN not a maximum over those.
-            if not bool(weights.sum(dtype=torch.float64).isfinite()):
-                raise UsageError(
-                    f"{name} has NaN or Inf after {trainer.global_step} steps, which is not saved: "
-                    "lower the learning rate, and go on from an earlier checkpoint"
-                )
 
 
 def check_checkpoint(path: str | Path) -> dict[str, Any]:

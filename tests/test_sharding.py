@@ -29,9 +29,9 @@ from lightning_sae import (
     TopKSAE,
 )
 from lightning_sae.architectures.threshold import ThresholdSAE
-from lightning_sae.callbacks import WriteMatches
+from lightning_sae.callbacks import FiniteWeights, WriteMatches
 from lightning_sae.callbacks.resampling import renew
-from lightning_sae.checkpoint_io import AtomicCheckpointIO, FiniteWeights
+from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.cli import main
 from lightning_sae.metrics import FeatureDensity
 from lightning_sae.parallel.legacy import mean_over_ranks, processes, rank, world_size

@@ -1,4 +1,4 @@
-"""Lightning callbacks: what to draw, measure, print and write while an SAE trains or is used."""
+"""Lightning callbacks: what to draw, measure, print, write and guard while an SAE trains."""
 
 from lightning_sae.callbacks.adaptive_computation import (
     AdaptiveComputationCallback,
@@ -11,9 +11,11 @@ from lightning_sae.callbacks.figures import (
     plot_density_histogram,
     plot_rank_density,
 )
+from lightning_sae.callbacks.finite_weights import FiniteWeights
 from lightning_sae.callbacks.loss_recovered import LossRecoveredCallback
 from lightning_sae.callbacks.resampling import ResampleDeadFeatures
 from lightning_sae.callbacks.results_table import ResultsTable
+from lightning_sae.callbacks.stop_on_signal import StopOnSignal
 from lightning_sae.callbacks.throughput import TokensPerSecond
 from lightning_sae.callbacks.write_matches import WriteMatches
 
@@ -21,9 +23,11 @@ __all__ = [
     "AdaptiveComputationCallback",
     "CalibrateThresholds",
     "FeatureDensityFigures",
+    "FiniteWeights",
     "LossRecoveredCallback",
     "ResampleDeadFeatures",
     "ResultsTable",
+    "StopOnSignal",
     "TokensPerSecond",
     "WriteMatches",
     "plot_density_histogram",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,11 +12,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_sae.parallel.legacy import max_over_processes
+from lightning_sae.parallel.ranks import all_reduce
 
-__all__ = ["StopOnSignal", "exit_on_signals"]
+__all__ = ["STOP", "StopOnSignal", "set_handler"]
 
 STOP = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end a run."""
+
 REQUEUE = getattr(signal, "SIGUSR1", signal.SIGTERM)  # there is none on Windows
 
 
@@ -42,9 +42,10 @@ class StopOnSignal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over from Lightning's handlers, which act in the middle of a step."""
-        _handle(STOP, self._note)
+        self._received, self._requeue = 0, None  # this may be another run
+        set_handler(STOP, self._note)
         if callable(signal.getsignal(REQUEUE)):
-            self._requeue = _handle((REQUEUE,), self._note).get(REQUEUE)
+            self._requeue = set_handler((REQUEUE,), self._note).get(REQUEUE)
 
     def _note(self, number: int, frame: Any) -> None:
         if self._received not in STOP:
@@ -76,13 +77,15 @@ class StopOnSignal(pl.Callback):
 
     def _act(self, trainer: pl.Trainer) -> None:
         device, seen = trainer.strategy.root_device, self._received
-        number = int(max_over_processes(torch.tensor(seen, device=device)))
+        number = int(all_reduce(torch.tensor(seen, device=device), "max"))
         if number == REQUEUE and self._requeue:
             if self._received == seen:  # else one came meanwhile, and waits for the next step
                 self._received = 0
             self._requeue(number, None)
-        elif number:  # Lightning raises SIGTERMException once it has logged the step
+        elif number:
             self._received = number
+            # Private: Lightning raises SIGTERMException for it once it has logged the step, while
+            # what is public, to raise that here, loses the step's log.
             trainer._signal_connector.received_sigterm = True
 
     def on_exception(
@@ -98,19 +101,12 @@ class StopOnSignal(pl.Callback):
                     callback.save_on_exception = True
 
 
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Exit with 143 on SIGTERM and with 130 on SIGINT, at once but with `finally` clauses run."""
-    before = _handle(STOP, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def set_handler(numbers: tuple[int, ...], handler: Callable[[int, Any], object]) -> dict[int, Any]:
+    """Set the handler of signals, in a main thread: no other can.
 
-
-def _handle(numbers: tuple[int, ...], handler: Callable[[int, Any], object]) -> dict[int, Any]:
-    """Set the handler of signals; return those they had. Only a main thread can."""
+    Returns:
+        The handlers that they had, by their numbers; of other threads none.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in numbers}

@@ -16,10 +16,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 import lightning_sae
 from lightning_sae import SparseAutoencoder
-from lightning_sae.callbacks.stop_on_signal import StopOnSignal, exit_on_signals
-from lightning_sae.checkpoint_io import AtomicCheckpointIO, FiniteWeights, check_checkpoint
+from lightning_sae.callbacks import FiniteWeights, StopOnSignal
+from lightning_sae.checkpoint_io import AtomicCheckpointIO, check_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, one_line_errors
+from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import FrozenModelDataModule
 
 PACKAGE = Path(lightning_sae.__file__).parent

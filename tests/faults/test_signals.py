@@ -94,15 +94,15 @@ def test_a_run_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("sent", [TERM, INT])
 def test_a_signal_while_ranks_ask_each_other_is_not_lost(sent, text, tmp_path, monkeypatch):
-    ask, asked = signals.max_over_processes, []
+    ask, asked = signals.all_reduce, []
 
-    def interrupted(told: Tensor) -> Tensor:
+    def interrupted(told: Tensor, reduction: str) -> Tensor:
         asked.append(told)
         if len(asked) == 2:
             signal.raise_signal(sent[0])
-        return ask(told)
+        return ask(told, reduction)
 
-    monkeypatch.setattr(signals, "max_over_processes", interrupted)
+    monkeypatch.setattr(signals, "all_reduce", interrupted)
     with pytest.raises(SystemExit) as exit_:
         main(arguments(data__text=text))
     assert exit_.value.code == sent[1]
