@@ -14,6 +14,7 @@ from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, t
 from lightning_sae.callbacks.held_out import HeldOutCallback
 from lightning_sae.checks import UsageError
 from lightning_sae.metrics import Correlation, next_token_losses
+from lightning_sae.parallel import Ranks
 from lightning_sae.residual_stream import ResidualStream
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _GROUPS = 10
 _MOST_BARS = 60
+_HARDNESS = ("surprise", "next_loss", "distance")
 
 
 class AdaptiveComputationCallback(HeldOutCallback):
@@ -57,14 +59,13 @@ class AdaptiveComputationCallback(HeldOutCallback):
 
     def __init__(self, tokens: int = 16_384) -> None:
         super().__init__(tokens)
-        self._correlations = {name: Correlation() for name in ("surprise", "next_loss", "distance")}
+        self._correlations: dict[str, Correlation] = {}  # of matches with each kind of hardness
         self._seen: list[Tensor] = []  # matches and surprise, (2, tokens), of this rank
 
-    def reset(self) -> None:
+    def start(self, ranks: Ranks) -> None:
         """Forget what was measured."""
-        self._seen.clear()
-        for correlation in self._correlations.values():
-            correlation.reset()
+        self._seen = []
+        self._correlations = {name: Correlation(process_group=ranks.group) for name in _HARDNESS}
 
     def measure(
         self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import require_positive
-from lightning_sae.parallel.legacy import world_size
+from lightning_sae.parallel import ranks_of
 from lightning_sae.sae import activations_in
 
 
@@ -51,7 +51,7 @@ class CalibrateThresholds(Callback):
         x: list[Tensor] = []
         for held_out in loaders[0] if isinstance(loaders, list) else loaders:
             x.append(activations_in(held_out).to(pl_module.device))
-            if sum(map(len, x)) * world_size() >= self.tokens:
+            if sum(map(len, x)) * ranks_of(trainer).size >= self.tokens:
                 break
         if x:
             pl_module.calibrate(torch.cat(x))

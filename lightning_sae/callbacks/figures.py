@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, tensorboards
 from lightning_sae.checks import UsageError
-from lightning_sae.parallel.legacy import sum_over_ranks
+from lightning_sae.parallel import ranks_of
 from lightning_sae.zipf import ZipfFitError, fit_zipf
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str)
         return
     # Every rank must take part in these two, or the others would wait for it for ever.
     density = metric.compute()
-    tokens = int(sum_over_ranks(torch.as_tensor(metric.tokens, device=pl_module.device)))
+    counted = torch.as_tensor(metric.tokens, device=pl_module.device)
+    tokens = int(ranks_of(trainer).all_reduce(counted))
     if tokens == 0:
         return
     step = trainer.global_step

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_sae.checks import require_positive
-from lightning_sae.parallel.legacy import world_size
+from lightning_sae.parallel import Ranks, ranks_of
 from lightning_sae.residual_stream import ResidualStream
 
 
@@ -34,8 +34,12 @@ class HeldOutCallback(Callback, ABC):
         self._measured = 0  # tokens, by this rank
 
     @abstractmethod
-    def reset(self) -> None:
-        """Forget what was measured."""
+    def start(self, ranks: Ranks) -> None:
+        """Forget what was measured.
+
+        Args:
+            ranks: The processes that measure together from now on.
+        """
 
     @abstractmethod
     def measure(
@@ -49,11 +53,11 @@ class HeldOutCallback(Callback, ABC):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh."""
-        self._start()
+        self._start(trainer)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh."""
-        self._start()
+        self._start(trainer)
 
     def on_validation_batch_end(
         self,
@@ -88,12 +92,12 @@ class HeldOutCallback(Callback, ABC):
         """Log what was measured."""
         self._log(trainer, pl_module, "test")
 
-    def _start(self) -> None:
+    def _start(self, trainer: pl.Trainer) -> None:
         self._measured = 0
-        self.reset()
+        self.start(ranks_of(trainer))
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        enough = self._measured * world_size() >= self.tokens
+        enough = self._measured * ranks_of(trainer).size >= self.tokens
         if enough or not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
             return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_sae.callbacks.held_out import HeldOutCallback
 from lightning_sae.metrics import LossRecovered
+from lightning_sae.parallel import Ranks
 from lightning_sae.residual_stream import ResidualStream
 
 
@@ -32,9 +33,9 @@ class LossRecoveredCallback(HeldOutCallback):
         super().__init__(tokens)
         self._metric = LossRecovered()
 
-    def reset(self) -> None:
+    def start(self, ranks: Ranks) -> None:
         """Forget what was measured."""
-        self._metric.reset()
+        self._metric = LossRecovered(process_group=ranks.group)
 
     def measure(
         self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]

@@ -14,9 +14,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightning_sae.checks import UsageError, require_positive
-from lightning_sae.core.dictionary import wide
-from lightning_sae.parallel.legacy import max_over_ranks, sum_over_ranks, world_size
-from lightning_sae.parallel.legacy import rank as this_rank
+from lightning_sae.numerics import wide
+from lightning_sae.parallel import Ranks, ranks_of
 from lightning_sae.parallel.share import local
 from lightning_sae.sae import SparseAutoencoder, activations_in
 
@@ -107,7 +106,7 @@ class ResampleDeadFeatures(Callback):
             return
         tokens = int(pl_module.tokens_seen)
         if tokens > due - self.sample_tokens:
-            self._draw(pl_module, activations_in(batch))
+            self._draw(pl_module, activations_in(batch), ranks_of(trainer))
         if trainer.global_step == self._step:
             return  # gradients are being accumulated, and belong to the features as they are
         self._step, self._tokens = trainer.global_step, tokens
@@ -119,7 +118,7 @@ class ResampleDeadFeatures(Callback):
             rank_zero_info(f"{tokens} tokens: {len(inputs)} of {len(dead)} dead features resampled")
 
     @torch.no_grad()
-    def _draw(self, module: SparseAutoencoder, x: Tensor) -> None:
+    def _draw(self, module: SparseAutoencoder, x: Tensor, ranks: Ranks) -> None:
         x = x.reshape(-1, module.d_model)
         scaled = module.scaled(x)
         error = scaled - module.reconstruct(module.match(x))
@@ -128,6 +127,7 @@ class ResampleDeadFeatures(Callback):
             error.square().mean(1).square(),
             size=module.n_features,
             seed=int(module.tokens_seen),
+            ranks=ranks,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class WeightedSample:
         self.keys = torch.empty(0, dtype=torch.float64) if keys is None else keys
         self.rows = torch.empty(0, 0) if rows is None else rows
 
-    def add(self, rows: Tensor, weights: Tensor, *, size: int, seed: int) -> None:
+    def add(self, rows: Tensor, weights: Tensor, *, size: int, seed: int, ranks: Ranks) -> None:
         """Draw from the rows so far and these, at most `size`.
 
         Args:
@@ -163,12 +163,13 @@ class WeightedSample:
             weights: Not negative; rows of weight zero are never drawn. Shape (n,).
             size: Rows to keep.
             seed: Decides the noise; the same on every rank, another for each call.
+            ranks: Those that have rows.
         """
-        ours = this_rank()
-        longest = int(max_over_ranks(torch.tensor(len(rows), device=rows.device)))
-        table = weights.new_zeros(world_size(), longest)
+        ours = ranks.index
+        longest = int(ranks.all_reduce(torch.tensor(len(rows), device=rows.device), "max"))
+        table = weights.new_zeros(ranks.size, longest)
         table[ours, : len(rows)] = weights
-        table = sum_over_ranks(table).cpu().double()  # (ranks, longest)
+        table = ranks.all_reduce(table).cpu().double()  # (ranks, longest)
         noise = torch.rand(
             table.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
@@ -183,7 +184,7 @@ class WeightedSample:
         mine = new & (rank == ours)
         merged = rows.new_zeros(len(chosen), rows.shape[1])
         merged[mine] = rows[row[mine]]
-        merged = sum_over_ranks(merged)  # each new row is one rank's, and zero on the others
+        merged = ranks.all_reduce(merged)  # each new row is one rank's, and zero on the others
         if before:
             merged[old] = self.rows.to(merged)[chosen[old]]
         self.rows = merged

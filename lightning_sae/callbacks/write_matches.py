@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
-from lightning_sae.parallel.legacy import is_first_with_these_tokens, rank
+from lightning_sae.parallel import ranks_of
 
 
 class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader without a sampler
@@ -41,7 +41,8 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
             ValueError: If it holds the matches of an earlier run.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        if is_first_with_these_tokens() and any(self.output_dir.glob(f"{_stem()}*.safetensors")):
+        ours = f"{_stem(trainer)}*.safetensors"
+        if ranks_of(trainer).is_first_with_its_tokens and any(self.output_dir.glob(ours)):
             raise UsageError(
                 f"output_dir={self.output_dir} holds matches already: remove them or name another"
             )
@@ -56,7 +57,7 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         dataloader_idx: int = 0,
     ) -> None:
         """Write the matches of one batch."""
-        if not is_first_with_these_tokens():
+        if not ranks_of(trainer).is_first_with_its_tokens:
             return
         matches: Matches = outputs
         tensors = {"token": matches.token, "feature": matches.feature, "value": matches.value}
@@ -65,12 +66,12 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
             tensors |= {name: batch[name] for name in what_was_read if name in batch}
         if "kept" in tensors:
             tensors["kept"] = tensors["kept"].to(torch.uint8)
-        path = self.output_dir / f"{_stem()}{batch_idx:05d}.safetensors"
+        path = self.output_dir / f"{_stem(trainer)}{batch_idx:05d}.safetensors"
         _save(tensors, path, shape=json.dumps(matches.shape))
 
 
-def _stem() -> str:
-    return f"rank{rank()}-batch"
+def _stem(trainer: pl.Trainer) -> str:
+    return f"rank{ranks_of(trainer).index}-batch"
 
 
 def _save(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:

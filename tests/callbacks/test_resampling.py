@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSAE
 from lightning_sae.callbacks.resampling import ResampleDeadFeatures, WeightedSample, renew
+from lightning_sae.parallel import Ranks
 from tests.callbacks.fakes import FakeSAE, trainer
 from tests.helpers.ddp import run_on_two
 from tests.helpers.superposition import superposition
@@ -49,7 +50,7 @@ def draw(weights: torch.Tensor, size: int, seed: int, parts: int = 2) -> list[in
     sample = WeightedSample()
     rows = torch.arange(len(weights)).float().unsqueeze(1)
     for part, chunk in enumerate(torch.arange(len(weights)).chunk(parts)):
-        sample.add(rows[chunk], weights[chunk], size=size, seed=parts * seed + part)
+        sample.add(rows[chunk], weights[chunk], size=size, seed=parts * seed + part, ranks=Ranks())
     return sample.rows.squeeze(1).int().tolist()
 
 
@@ -83,7 +84,7 @@ def draw_on(rank: int, splits: list[list[int]]) -> torch.Tensor:
     x = torch.randn(3, 32, D_MODEL, generator=torch.Generator().manual_seed(0))
     for seed, split in enumerate(splits):
         share = x[seed].split(split)[rank]
-        sample.add(share, share.square().sum(1), size=20, seed=seed)
+        sample.add(share, share.square().sum(1), size=20, seed=seed, ranks=Ranks())
     return sample.rows
 
 
@@ -101,10 +102,11 @@ def test_inputs_are_drawn_by_the_square_of_their_loss():
     sae = sae_with_dead_features()
     sae.loss(batch(0))
     resample, x = ResampleDeadFeatures(), batch(1)
-    resample._draw(sae, x.view(4, -1, D_MODEL))
+    resample._draw(sae, x.view(4, -1, D_MODEL), Ranks())
     loss = ((sae(x) - x) * sae.input_scale).square().mean(1).detach()
     expected = WeightedSample()
-    expected.add(x * sae.input_scale, loss**2, size=N_FEATURES, seed=int(sae.tokens_seen))
+    tokens = int(sae.tokens_seen)
+    expected.add(x * sae.input_scale, loss**2, size=N_FEATURES, seed=tokens, ranks=Ranks())
     torch.testing.assert_close(resample._sample.keys, expected.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(resample._sample.rows, expected.rows)
 
@@ -202,7 +204,7 @@ def test_times_are_counted_in_tokens_and_follow_a_step(accumulate, expected, tmp
     drawn, renewed = [], []
     resample = ResampleDeadFeatures(4 * TOKENS, times=2, sample_tokens=2 * TOKENS)
 
-    def draws(module, x):
+    def draws(module, x, ranks):
         drawn.append(int(module.tokens_seen) // TOKENS)
 
     def renews(module, features, inputs, optimizers):
