@@ -1,0 +1,47 @@
+"""What ships beside the code: each key of a configuration is explained, and none is missing."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+import lightning_sae
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+ARCHITECTURES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def unexplained(text: str) -> list[str]:
+    """The lines that give a value and do not say what it is for."""
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    holds_others = re.compile(r"[ -]*\w+:( #.*)?")
+    explained = re.compile(r"[ -]*\w+: [^#{]+ # \S.*")
+    return [line for line in lines if not (holds_others.fullmatch(line) or explained.match(line))]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_each_key_is_explained_on_its_line(path: Path):
+    text = path.read_text()
+    assert not unexplained(text)
+    assert text.startswith("# ")
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("line", ["k: 16", "k: 16 #", "- k: 16", "init_args: {k: 16} # both", "16"])
+def test_a_line_without_an_explanation_is_found(line: str):
+    around = "# a comment\n\nmodel: # holds others\n  class_path: A # what\n"
+    assert unexplained(f"{around}    {line}\n  last: [1, 2] # two\n") == [f"    {line}"]
+
+
+@pytest.mark.parametrize("part", ["model", "data"])
+@pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
+def test_all_arguments_are_there(path: Path, part: str):
+    """And no others."""
+    config = yaml.safe_load(path.read_text())[part]
+    parser = ArgumentParser()
+    made = getattr(lightning_sae, config["class_path"].removeprefix("lightning_sae."))
+    parser.add_class_arguments(made, part, skip={"d_model"})  # which follows from the data
+    assert set(config["init_args"]) == set(vars(parser.get_defaults()[part]))
