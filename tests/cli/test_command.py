@@ -13,7 +13,7 @@ import lightning_sae
 from lightning_sae.cli import SparseAutoencoderCLI, find_config, main
 from lightning_sae.cli.command import PACKAGE
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 ARCHITECTURES = ["standard", "topk", "mutual_choice", "feature_choice"]
 SMALL = {
     "trainer.max_steps": "4",
