@@ -1,13 +1,22 @@
 """What all data modules do in a Trainer, seen on text: whole, interrupted, between validations."""
 
 import itertools
+from types import SimpleNamespace
 
+import datasets
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_sae.data import ActivationDataModule
 from tests.data.tiny import D_MODEL, STEPS, Recorder, arguments, same, trainer
+from tests.helpers.ddp import run_on_two
+
+
+def take(datamodule, count):
+    batches = itertools.islice(datamodule.train_dataloader(), count)
+    return [batch["activations"] for batch in batches]
 
 
 class SaveEachStep(pl.Callback):
@@ -105,7 +114,7 @@ def test_nothing_is_read_while_the_default_dtype_may_change(
     datamodule = make(**changed)
     datamodule.trainer = trainer(tmp_path, precision=precision)
     assert datamodule.train_dataloader().ahead is ahead
-    assert len(list(itertools.islice(datamodule.train_dataloader(), 1))) == 1
+    assert len(take(datamodule, 1)) == 1
 
 
 def test_a_checkpoint_says_which_inputs_its_place_is_in(make):
@@ -118,3 +127,22 @@ def test_a_checkpoint_says_which_inputs_its_place_is_in(make):
         *("text_column", "train_split", "validation_split", "held_out_documents", "streaming"),
         "context_length",
     }
+
+
+def of_process_with_the_same_tokens(rank, settings, cache):
+    datasets.config.HF_DATASETS_CACHE = cache
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    strategy = SimpleNamespace(device_mesh=mesh, root_device=torch.device("cpu"))
+    datamodule = ActivationDataModule(**settings)
+    datamodule.trainer = SimpleNamespace(strategy=strategy, precision="32-true")
+    return take(datamodule, 9), [batch["input_ids"] for batch in datamodule.val_dataloader()]
+
+
+def test_processes_that_share_out_features_get_the_same_tokens(
+    make, model_folder, text_file, tmp_path
+):
+    settings = arguments(model_folder, text_file)
+    alone = make()
+    for train, held_out in run_on_two(of_process_with_the_same_tokens, settings, tmp_path):
+        assert same(train, take(alone, 9))
+        assert same(held_out, [batch["input_ids"] for batch in alone.val_dataloader()])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sae.data import ActivationStream, HeldOutBatches
+from lightning_sae.parallel import Ranks
 from tests.helpers.ddp import WORLD_SIZE, run_on_two
 
 LENGTH = 5
@@ -198,6 +199,26 @@ def test_inputs_may_be_numbers_of_images():
     held_out = list(HeldOutBatches(numbers, kept_patches, read_images, 2, "", "image_numbers"))
     assert torch.equal(torch.cat([batch["image_numbers"] for batch in held_out]), numbers)
     assert "input_ids" not in held_out[0]
+
+
+class SecondOfTwo(Ranks):
+    """As if another process had the other half of the tokens, though it is not there."""
+
+    size, index = 2, 1
+
+
+def test_ranks_say_which_share_of_a_batch_is_here():
+    whole, mine = take(9), take(9, ranks=SecondOfTwo())
+    for all_tokens, second in zip(whole, mine, strict=True):
+        assert torch.equal(second["activations"], all_tokens["activations"][BATCH // 2 :])
+        assert second["cursor"] == all_tokens["cursor"]
+    ids = next(blocks(0))
+    held_out = HeldOutBatches(ids, kept, read, MODEL_BATCH, "", ranks=SecondOfTwo())
+    assert len(held_out) == 2  # of four: 2, 2, 2 and 1 contexts
+    assert [batch["input_ids"].tolist() for batch in held_out] == [
+        ids[2:4].tolist(),
+        ids[6:].tolist(),
+    ]
 
 
 def batches_of_rank(rank, cases):
