@@ -1,6 +1,6 @@
 """How long a training step takes: ours, and those of other libraries.
 
-    pip install -c constraints.txt '.[peers]'
+    pip install -r benchmarks/requirements.txt
     python -m benchmarks.training_step FOLDER
 
 writes `training_step.md`, `.json` and `.png` to the folder, in about 20 minutes on an idle machine
@@ -20,8 +20,8 @@ weights, and four rows of d_model floats read for each match (decoder, gradient 
 gradients of weights) at the speed of a copy, read and written bytes together. All three are
 measured here, in the same rounds. Rows that are still in a cache can beat it.
 
-The peers need torchvision, and one that was built for another torch than yours fails on import:
-install both from the same index first, or uninstall torchvision, which nothing here uses.
+The peers bring torchvision, which may break imports: `benchmarks/requirements.txt` says how to do
+without.
 """
 
 import argparse

@@ -1,0 +1,53 @@
+"""How Sphinx builds these pages: `sphinx-build -W docs build/docs`."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # else the modules of GPU kernels need a GPU's driver
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+import lightning_sae
+
+project = "lightning_sae"
+author = copyright = "The lightning_sae authors"
+version = release = lightning_sae.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"lightning_sae {version}"
+html_show_sourcelink = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+# Docstrings mark code with single backticks: a link where it names something documented here.
+default_role = "py:obj"
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # else attributes that are properties too would be listed twice
+napoleon_use_rtype = False
+
+
+def check_public_names(app: Sphinx, env: Any) -> None:
+    """Warn, which fails the build, of each name that a room exports and no page documents."""
+    documented = set(env.domains["py"].objects)
+    for room in sorted(name for name in documented if name in sys.modules):
+        for name in getattr(importlib.import_module(room), "__all__", ()):
+            if not any(d.startswith(f"{room}.") and d.endswith(f".{name}") for d in documented):
+                logging.getLogger(__name__).warning("%s.%s is on no page", room, name)
+
+
+def setup(app: Sphinx) -> None:
+    """Have Sphinx call what is above."""
+    app.connect("env-check-consistency", check_public_names)
