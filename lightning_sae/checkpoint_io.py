@@ -3,40 +3,70 @@
 from __future__ import annotations
 
 import os
+import platform
+import secrets
+import time
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from lightning_sae.checkpoint_format import is_sae
 from lightning_sae.checks import UsageError
 
-__all__ = ["AtomicCheckpointIO", "check_checkpoint"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "open_checkpoint",
+    "read_checkpoint",
+    "require_intact",
+]
+
+DAY: Final = 24 * 60 * 60.0
+HOST: Final = platform.node().replace("-", "_") or "host"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target and then gives it its name, which cannot half happen.
 
     Whatever interrupts it, `kill -9`, a full disk or a power failure, the file of that name is
-    the earlier one or the new one, complete. A killed process can leave one `NAME.tmp`, which the
-    next save to that name overwrites. Lightning's own way is not atomic where the folder for
-    temporary files is on another file system.
+    the earlier one or the new one, complete. A killed process can leave one `NAME.*.tmp`, which
+    the next save to that name removes. Several processes may save to one name: the last one wins.
+    Lightning's own way is not atomic where the folder for temporary files is on another file
+    system.
 
-    A file is read only if it is as it was written.
+    A file is read only if it is as it was written. Checkpoints of any module are welcome; those of
+    SAEs in an earlier format are read as if they had the present one.
 
     URLs (`s3://...`) are written and read as Lightning does.
     """
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint that `check_checkpoint` finds intact, if it is a file.
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Load a checkpoint, in the present format.
+
+        Args:
+            path: What to load.
+            map_location: Where tensors go, as `torch.load` takes it. Default: the CPU.
+            weights_only: Whether to refuse a file that could run code. Only False does not.
 
         Raises:
-            ValueError: It is damaged.
+            UsageError: It is damaged, or of a later format.
+            FileNotFoundError: It does not exist.
         """
         if "://" not in str(path):
-            check_checkpoint(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+            require_intact(path)
+        found: dict[str, Any] = super().load_checkpoint(
+            path, map_location, weights_only=weights_only is not False
+        )
+        return found
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -55,44 +85,138 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        temporary = target.with_name(f"{target.name}.tmp")
+        temporary = _temporary(target)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-            _sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:  # torch hides some of the first in the second
-            reason = error.__context__ if isinstance(error, RuntimeError) else error
+            with _disk_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+                _sync_folder(target.parent)
+        finally:
             _discard(temporary)
-            raise OSError(
-                f"the checkpoint {target} cannot be written: {reason or error}"
-            ) from error
+        for left in _left_behind(target):
+            _discard(left)
 
 
-def check_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a file through, running nothing that is in it.
+def read_checkpoint(
+    path: str | Path, map_location: str | torch.device | Callable[..., Any] = "cpu"
+) -> dict[str, Any]:
+    """Return what is in the checkpoint of an SAE, in the present format; nothing in it runs.
 
-    Returns:
-        What is in it, tensors only as far as they are looked at.
+    Args:
+        path: A file or a URL.
+        map_location: Where tensors go, as `torch.load` takes it.
 
     Raises:
-        ValueError: It is no checkpoint of an SAE, or not as it was written: cut short, a bit
-            flipped (which torch by itself does not notice), or made to unpack to more than it is.
+        UsageError: It is damaged, of a later format, or not of an SAE.
+        FileNotFoundError: It does not exist.
+    """
+    found = AtomicCheckpointIO().load_checkpoint(path, map_location)
+    if not is_sae(found["state_dict"]):
+        raise UsageError(f"{path} is no checkpoint of an SAE")
+    return found
+
+
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return what is in a checkpoint, in its own format, without reading all of it.
+
+    Nothing in it runs. Tensors are read when they are looked at; whether they are as they were
+    written is not known.
+
+    Raises:
+        UsageError: It is no checkpoint, or is cut short.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(record.file_size for record in archive.infolist())
-            intact = unpacked <= Path(path).stat().st_size and archive.testzip() is None
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if intact else {}
-        complete = "loops" in found and "W_dec" in found["state_dict"]
+        _require_no_larger_inside(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        complete = isinstance(found["state_dict"], dict)
     except Exception:  # there is no end to what broken files raise
         complete = False
     if not complete:
-        raise UsageError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
-    return found
+        raise UsageError(f"{path} is no checkpoint, or is damaged")
+    return dict(found)
+
+
+def require_intact(path: str | Path) -> None:
+    """Read a file through.
+
+    Raises:
+        UsageError: It is not as it was written: cut short, a bit flipped (which torch by itself
+            does not notice), or made to unpack to more than it is.
+        FileNotFoundError: It does not exist.
+    """
+    try:
+        _require_no_larger_inside(path)
+        with zipfile.ZipFile(path) as archive:
+            intact = archive.testzip() is None
+    except FileNotFoundError:
+        raise
+    except Exception:  # there is no end to what broken files raise
+        intact = False
+    if not intact:
+        raise UsageError(f"{path} is no checkpoint, or is damaged")
+
+
+def _require_no_larger_inside(path: str | Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
+            raise ValueError("compressed, which torch never does")
+
+
+def _temporary(target: Path) -> Path:
+    """Return where to write what is to become a file: a name that no one else uses."""
+    unique = f"{HOST}-{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f"{_prefix(target)}{unique}.tmp")
+
+
+def _prefix(target: Path) -> str:
+    # Lightning counts every file with `hpc_ckpt_` in its name among those it may resume from.
+    return f"{target.name.replace('_', '-')}."
+
+
+def _left_behind(target: Path) -> Iterator[Path]:
+    """Yield what saves to a name left that were killed on this host, or a day ago anywhere."""
+    prefix = _prefix(target)
+    for path in target.parent.iterdir():
+        if not (path.name.startswith(prefix) and path.suffix == ".tmp"):
+            continue
+        host, process, *_ = (*path.name.removeprefix(prefix).split("-"), "")
+        with suppress(OSError):  # someone else has just removed it
+            killed = host == HOST and process.isdecimal() and not _is_running(int(process))
+            if killed or time.time() - path.stat().st_mtime > DAY:
+                yield path
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 is not a question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is someone else's
+        return True
+    return True
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Say of an error of the disk which checkpoint could not be written.
+
+    Raises:
+        OSError: In place of one, and of the RuntimeError in which torch hides one.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        told = f"the checkpoint cannot be written: {reason.strerror}"
+        raise OSError(reason.errno, told, str(target)) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -107,7 +231,5 @@ def _sync_folder(folder: Path) -> None:
 
 def _discard(temporary: Path) -> None:
     """Delete a file, or not."""
-    try:
+    with suppress(OSError):  # its folder cannot be written to either
         temporary.unlink(missing_ok=True)
-    except OSError:  # its folder cannot be written to either
-        return

@@ -1,8 +1,10 @@
 """Checkpoints are whole or not there, whatever happens to the process that writes them."""
 
+import copy
 import errno
 import multiprocessing
 import os
+import pickle
 import random
 import time
 import zipfile
@@ -11,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sae.checkpoint_io import AtomicCheckpointIO, check_checkpoint
+from lightning_sae import TopKSAE, checkpoint_io
+from lightning_sae.checkpoint_io import (
+    AtomicCheckpointIO,
+    open_checkpoint,
+    read_checkpoint,
+    require_intact,
+)
+from lightning_sae.checks import UsageError
+from tests.faults.runs import same
 from tests.faults.saver import SIZE, checkpoint, save_forever
 
 PLACES = ["the same file system", "another one"]
@@ -38,9 +48,10 @@ def kill_while_saving(path: Path, times: int) -> int:
         weights = torch.full((SIZE,), float(saved["number"]))
         assert torch.equal(saved["state_dict"]["W_dec"], weights)
         last = saved["number"]
-        temporary = path.with_name(f"{path.name}.tmp")
-        torn += temporary.exists()
-        assert set(path.parent.iterdir()) <= {path, temporary}
+        temporaries = set(path.parent.iterdir()) - {path}
+        assert len(temporaries) <= 1
+        assert all(f"-{process.pid}-" in each.name for each in temporaries)
+        torn += len(temporaries)
     return torn
 
 
@@ -69,13 +80,19 @@ def test_it_saves_what_lightning_loads(tmp_path: Path):
         io.save_checkpoint({}, path, storage_options={})
 
 
+def told(reason: str, path: Path | str) -> str:
+    return f"the checkpoint cannot be written: {reason}: '{path}'"
+
+
 @pytest.mark.parametrize("size", [10, SIZE])
-def test_a_full_disk(size: int, tmp_path: Path):
-    path, temporary = tmp_path / "last.ckpt", tmp_path / "last.ckpt.tmp"
+def test_a_full_disk(size: int, tmp_path: Path, monkeypatch):
+    path, temporary = tmp_path / "last.ckpt", tmp_path / "full.tmp"
     AtomicCheckpointIO().save_checkpoint(checkpoint(1), path)
     temporary.symlink_to("/dev/full")  # to which every write fails as to a full disk
-    with pytest.raises(OSError, match=r"last.ckpt cannot be written: .* No space left on device"):
+    monkeypatch.setattr(checkpoint_io, "_temporary", lambda target: temporary)
+    with pytest.raises(OSError, match=told("No space left on device", path)) as error:
         AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(size)}, path)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
     assert torch.load(path, weights_only=True)["number"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
@@ -89,7 +106,7 @@ def test_a_disk_that_fails_late(call: str, tmp_path: Path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match=r"last.ckpt cannot be written: .* Input/output error"):
+    with pytest.raises(OSError, match=told("Input/output error", path)):
         AtomicCheckpointIO().save_checkpoint(checkpoint(2), path)
     assert torch.load(path, weights_only=True)["number"] == 1
     assert list(tmp_path.iterdir()) == [path]
@@ -99,19 +116,134 @@ def test_a_disk_that_fails_late(call: str, tmp_path: Path, monkeypatch):
 def test_a_folder_that_takes_nothing(folder: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(OSError, match=f"the checkpoint {folder}/last.ckpt cannot be written"):
+    with pytest.raises(OSError, match=told(".*", f"{folder}/last.ckpt")):
         AtomicCheckpointIO().save_checkpoint(checkpoint(1), f"{folder}/last.ckpt")
 
 
-def sae_checkpoint(path: Path) -> Path:
+def test_what_cannot_be_pickled_is_a_bug_and_no_matter_of_the_disk(tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    with pytest.raises(Exception, match="lambda") as error:
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "hook": lambda: None}, path)
+    assert not isinstance(error.value, OSError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_savers_of_one_name_do_not_tear_it(tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    processes = multiprocessing.get_context("forkserver")
+    savers = [processes.Process(target=save_forever, args=(path, 1)) for _ in range(2)]
+    for saver in savers:
+        saver.start()
+    start = time.monotonic()
+    numbers = set()
+    while len(numbers) < 30 and time.monotonic() - start < 60:
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
+            numbers.add(saved["number"])
+            assert bool((saved["state_dict"]["W_dec"] == saved["number"]).all())
+        assert [saver.exitcode for saver in savers] == [None, None]
+    for saver in savers:
+        saver.kill()
+        saver.join()
+    assert len(numbers) == 30
+    AtomicCheckpointIO().save_checkpoint(checkpoint(0), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_left_behind_of_others(tmp_path: Path):
+    path = tmp_path / "a_b.ckpt"
+    ours = checkpoint_io._temporary(path)  # of a process that runs
+    elsewhere, long_ago, another, earlier = (
+        tmp_path / name
+        for name in ("a-b.ckpt.node7-1-0.tmp", "a-b.ckpt.node7-2-0.tmp", "c.ckpt.x.tmp", "a_b.ckpt")
+    )
+    for each in (ours, elsewhere, long_ago, another, earlier):
+        each.touch()
+    os.utime(long_ago, (time.time() - 100_000,) * 2)
+    AtomicCheckpointIO().save_checkpoint(checkpoint(0), path)
+    assert set(tmp_path.iterdir()) == {path, ours, elsewhere, another}
+
+
+def test_what_is_left_behind_is_not_resumed_from(tmp_path: Path):
+    """Lightning takes every file with `hpc_ckpt_` in its name, and the largest of all numbers."""
+    assert "hpc_ckpt_" not in checkpoint_io._temporary(tmp_path / "hpc_ckpt_1.ckpt").name
+
+
+class Parent(pl.LightningModule):
+    """A module of someone else's: with an SAE as a child, or without one."""
+
+    def __init__(self, child: torch.nn.Module) -> None:
+        super().__init__()
+        self.child = child
+        self.head = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: tuple[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.head(self.child(batch[0])).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize("child", [torch.nn.Linear(4, 4), TopKSAE(4, 8, k=2)])
+def test_any_module_is_saved_and_resumed(child: torch.nn.Module, tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(4, 4)), batch_size=4
+    )
+
+    def trainer(steps: int) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator="cpu",
+            plugins=[AtomicCheckpointIO()],
+            max_steps=steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    first = trainer(1)
+    first.fit(Parent(child), data)
+    first.save_checkpoint(path)
+    saved = {name: value.clone() for name, value in first.model.state_dict().items()}
+    resumed, again = trainer(1), Parent(copy.deepcopy(child))
+    resumed.fit(again, data, ckpt_path=path)
+    assert resumed.global_step == 1
+    assert same(again.state_dict(), saved)
+
+
+def test_a_file_is_read_without_running_what_is_in_it_unless_told(tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "hparams": Path("x")}, path)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        AtomicCheckpointIO().load_checkpoint(path)
+    found = AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert found["hparams"] == Path("x")
+
+
+def test_a_checkpoint_of_something_else_is_told_from_that_of_an_sae(tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    for child in (TopKSAE(4, 8, k=2), torch.nn.Linear(4, 4)):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": Parent(child).state_dict()}, path)
+        with pytest.raises(UsageError, match=r"last.ckpt is no checkpoint of an SAE"):
+            read_checkpoint(path)
+    state = TopKSAE(4, 8, k=2).state_dict()
+    AtomicCheckpointIO().save_checkpoint({"state_dict": state}, path)
+    assert same(dict(read_checkpoint(path)["state_dict"]), dict(state))
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "nowhere.ckpt")
+
+
+def large_checkpoint(path: Path) -> Path:
     weights = torch.arange(64 * 1024, dtype=torch.float32)
     torch.save({"loops": {}, "state_dict": {"W_dec": weights}}, path)
     return path
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path):
-    path = sae_checkpoint(tmp_path / "last.ckpt")
-    check_checkpoint(path)
+    path = large_checkpoint(tmp_path / "last.ckpt")
+    require_intact(path)
     whole = path.read_bytes()
     draw = random.Random(0)  # noqa: S311 - not a secret
     with zipfile.ZipFile(path) as archive:
@@ -121,22 +253,25 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"last.ckpt is no checkpoint of an SAE, or is damage"):
-            check_checkpoint(path)
+        with pytest.raises(UsageError, match=r"last.ckpt is no checkpoint, or is damaged"):
+            require_intact(path)
+        with pytest.raises(UsageError, match=r"last.ckpt is no checkpoint, or is damaged"):
+            AtomicCheckpointIO().load_checkpoint(path)
 
 
 def test_every_cut_is_noticed(tmp_path: Path):
-    path = sae_checkpoint(tmp_path / "last.ckpt")
+    path = large_checkpoint(tmp_path / "last.ckpt")
     whole = path.read_bytes()
     draw = random.Random(0)  # noqa: S311 - not a secret
     for length in [0, 1, 100, len(whole) - 1, *draw.sample(range(len(whole)), 20)]:
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="is damaged"):
-            check_checkpoint(path)
+        for read in (require_intact, open_checkpoint):
+            with pytest.raises(UsageError, match="is damaged"):
+                read(path)
 
 
 def test_damage_anywhere_is_told_or_harmless(tmp_path: Path):
-    path = sae_checkpoint(tmp_path / "last.ckpt")
+    path = large_checkpoint(tmp_path / "last.ckpt")
     whole, weights = path.read_bytes(), torch.load(path, weights_only=True)["state_dict"]["W_dec"]
     draw = random.Random(0)  # noqa: S311 - not a secret
     for _ in range(200):
@@ -145,8 +280,9 @@ def test_damage_anywhere_is_told_or_harmless(tmp_path: Path):
         damaged[place] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         try:
-            check_checkpoint(path)
-        except ValueError as error:
+            require_intact(path)
+            found = open_checkpoint(path)
+        except UsageError as error:
             assert "is damaged" in str(error)  # noqa: PT017 - either is right
         else:  # padding, or a name that is not used
-            assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["W_dec"], weights)
+            assert torch.equal(found["state_dict"]["W_dec"], weights)
