@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pickle import UnpicklingError
 from typing import Any, Self, get_args
 
@@ -470,12 +470,14 @@ class SparseAutoencoder(Dictionary, ABC):
         """
         for parameter in self.parameters():
             give_whole(parameter)  # an earlier optimizer may have wanted it in parts
-        optimizer = self._optimizer(self.parameters())
+        with _refusals_of("optimizer", ValueError, RuntimeError):
+            optimizer = self._optimizer(self.parameters())
         if isinstance(optimizer, ChunkedAdam):
             self._require_all_tokens()
         steps = self.trainer.estimated_stepping_batches
         if self._lr_scheduler is not None:
-            scheduler = self._lr_scheduler(optimizer)
+            with _refusals_of("lr_scheduler", ValueError, ZeroDivisionError):
+                scheduler = self._lr_scheduler(optimizer)
         elif math.isfinite(steps):
             # Not LinearLR: a run resumed with more steps than before could not leave its zero.
             scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
@@ -485,6 +487,17 @@ class SparseAutoencoder(Dictionary, ABC):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; a length that torch finds out about only now was the user's mistake.
+
+        Raises:
+            UsageError: If it cannot: its length is 0, say, or the run is longer.
+        """
+        name = f"lr_scheduler={type(scheduler).__name__}"
+        empty = f"{name} has a length of 0"
+        with _refusals_of(name, ValueError), _refusals_of(empty, ZeroDivisionError):
+            super().lr_scheduler_step(scheduler, metric)
 
     def _require_all_tokens(self) -> None:
         # Neither data parallelism nor a gradient scaler sees gradients in parts.
@@ -548,6 +561,17 @@ class SparseAutoencoder(Dictionary, ABC):
         expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
         if found != expected:
             raise UsageError(f"the checkpoint holds {found}, the configuration asks for {expected}")
+
+
+@contextmanager
+def _refusals_of(setting: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Make a mistake of the user of what torch raises about a setting."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        raise UsageError(f"{setting}: {error}") from error
 
 
 def activations_in(batch: Any) -> Tensor:

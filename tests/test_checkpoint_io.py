@@ -10,6 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 

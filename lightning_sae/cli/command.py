@@ -1,14 +1,13 @@
 """The command `lightning_sae`: LightningCLI and the few things it needs for SAEs."""
 
-import contextlib
-import logging
 import shutil
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Final, Literal
 
 import torch
-from jsonargparse import ActionConfigFile
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,15 +16,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 import lightning_sae
 from lightning_sae import SparseAutoencoder
 from lightning_sae.callbacks import FiniteWeights, StopOnSignal
-from lightning_sae.checkpoint_io import AtomicCheckpointIO, check_checkpoint
+from lightning_sae.checkpoint_format import is_sae
+from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
-from lightning_sae.cli.errors import one_line, one_line_errors
+from lightning_sae.cli.errors import one_line_errors, refusals
+from lightning_sae.cli.noise import silence_noise
+from lightning_sae.cli.parser import ConfigFile, Parser
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import FrozenModelDataModule
 
-PACKAGE = Path(lightning_sae.__file__).parent
-SEEDS = 2**32 - 1
-LEAST = {
+__all__ = ["SparseAutoencoderCLI", "main"]
+
+SEEDS: Final = 2**32 - 1
+LEAST: Final = {
     0: ("gradient_clip_val", "log_every_n_steps", "min_steps"),
     1: ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"),
 }
@@ -38,7 +41,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Command line, without the program's name. Default: that of the process.
     """
-    _silence_noise()
+    silence_noise()
     with exit_on_signals(), one_line_errors():
         SparseAutoencoderCLI(
             SparseAutoencoder,
@@ -47,6 +50,8 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            # Else checkpoints name code to make the module with, which no one may run.
+            load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [FiniteWeights(), StopOnSignal()]},
             parser_kwargs={
@@ -56,41 +61,6 @@ def main(args: ArgsType = None) -> None:
             },
             args=args,
         )
-
-
-class Parser(LightningArgumentParser):
-    """A parser that reports a mistake in one line, without a screenful of usage."""
-
-    reading = ""
-    """The configuration that is being read, and so has the mistake."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what of the message is about the user's input, and exit with 2."""
-        self.exit(2, f"{one_line(self.reading + message)}\n")
-
-
-class ConfigFile(ActionConfigFile):
-    """`--config NAME`: a local file of that name, else the one that ships with the package."""
-
-    def __call__(
-        self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        """Parse the file and add its keys to `cfg`."""
-        parser.reading = f"config={values}\n"
-        try:
-            self.apply_config(parser, cfg, self.dest, find_config(values))
-        except UnicodeDecodeError as error:
-            parser.error(str(error), error)
-        parser.reading = ""
-
-
-def find_config(name: str) -> str:
-    """Return the path of a configuration: as given if it exists, else where it is packaged.
-
-    In a wheel the configurations lie inside the package, in a checkout beside it.
-    """
-    packaged = (folder / "configs" / name for folder in (PACKAGE, PACKAGE.parent))
-    return next((str(path) for path in (Path(name), *packaged) if path.is_file()), name)
 
 
 class SparseAutoencoderCLI(LightningCLI):
@@ -139,22 +109,36 @@ class SparseAutoencoderCLI(LightningCLI):
                 if isinstance(value, int | float) and value < least:
                     parser.error(f"trainer.{name}={value} must be at least {least}")
 
+    def _parse_ckpt_path(self) -> None:
+        """Keep to the configuration: a checkpoint's hyperparameters must not override it.
+
+        Private of LightningCLI, which calls it whatever it is told, and has no argument for that.
+        """
+
     def before_instantiate_classes(self) -> None:
         """Set what nothing that is instantiated sets."""
-        torch.set_float32_matmul_precision(self._get(self.config, "float32_matmul_precision"))
-
-    def _parse_ckpt_path(self) -> None:
-        """Keep to the configuration: a checkpoint's hyperparameters must not override it."""
+        precision = self.config[self.config.subcommand].float32_matmul_precision
+        torch.set_float32_matmul_precision(precision)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return the Trainer, which saves atomically unless the user names another way."""
-        trainer = super().instantiate_trainer(**kwargs)
+        """Return the Trainer, which saves atomically unless the user names another way.
+
+        Raises:
+            UsageError: If the Trainer refuses its settings.
+        """
+        with refusals(ValueError, TypeError, RuntimeError, ImportError):
+            trainer = super().instantiate_trainer(**kwargs)
+        # Private of Lightning's Strategy, whose public property cannot tell that none was named.
         if trainer.strategy._checkpoint_io is None:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:
-        """Refuse a run that would never end."""
+        """Refuse a run that would never end.
+
+        Raises:
+            UsageError: If it is one, or has no step at all.
+        """
         trainer: Any = self.trainer  # its attributes are set where type checkers do not look
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
         epochs = trainer.max_epochs != -1 and isinstance(trainer.limit_train_batches, int)
@@ -169,51 +153,59 @@ class SparseAutoencoderCLI(LightningCLI):
                 "set trainer.max_steps (or trainer.max_time)"
             )
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run; what fails before the first step, or does not train, leaves no files behind."""
-        self._check_checkpoint(subcommand)
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            super()._run_subcommand(subcommand)
-        except BaseException:
-            if missing and (subcommand != "fit" or self.trainer.global_step == 0):
-                shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):  # another run may use a parent by now
-                    for parent in missing[1:]:
-                        parent.rmdir()
-            raise
+    # LightningCLI calls these in place of the Trainer's methods
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Return the arguments of the Trainer's method; no checkpoint may run code."""
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+    def fit(self, **kwargs: Any) -> None:
+        """Train."""
+        self._run("fit", **kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate on the tokens to validate on."""
+        self._run("validate", **kwargs)
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate; the table is a callback's, not Lightning's."""
-        self.trainer.test(verbose=False, **kwargs)
+        self._run("test", **kwargs, verbose=False)
 
     def predict(self, **kwargs: Any) -> None:
         """Write matches; do not also keep them in memory."""
-        self.trainer.predict(**{**kwargs, "return_predictions": False})
+        self._run("predict", **kwargs | {"return_predictions": False})
 
-    def _check_checkpoint(self, subcommand: str) -> None:
-        path = self._get(self.config, "ckpt_path")
+    def _run(self, subcommand: str, **kwargs: Any) -> None:
+        self._check_checkpoint(subcommand, kwargs["ckpt_path"])
+        with self._no_files_of_nothing(subcommand):
+            getattr(self.trainer, subcommand)(**kwargs, weights_only=True)
+
+    def _check_checkpoint(self, subcommand: str, path: str | None) -> None:
         if subcommand == "fit" and path in (None, "last", "hpc"):  # Lightning finds these, or none
+            root = self.trainer.default_root_dir
+            if path == "hpc" and not get_filesystem(root).glob(f"{root}/hpc_ckpt_*.ckpt"):
+                raise UsageError(f"ckpt_path=hpc: there is no hpc_ckpt_*.ckpt in {root}")
             return
         if path is None or not Path(path).is_file():
             raise UsageError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
+        try:
+            found = open_checkpoint(path)
+        except UsageError:
+            found = {"state_dict": {}}
+        if not (is_sae(found["state_dict"]) and "loops" in found):
+            raise UsageError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             # It reads files by itself, and loads what it can before anyone may object.
-            self.model.on_load_checkpoint(check_checkpoint(path))
+            require_intact(path)
+            self.model.on_load_checkpoint(found)
 
-
-def _silence_noise() -> None:
-    """Turn off messages of Lightning 2.6 that are no news to the user."""
-    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
-    warnings.filterwarnings("ignore", "The dirpath has changed")  # `test` logs to a new folder
-    # What is logged at the end of a validation comes from metrics that all ranks have synchronised.
-    warnings.filterwarnings("ignore", "It is recommended to use `self.log")
-    advertisements = ("litlogger", "litmodels")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(name in record.getMessage() for name in advertisements)
-    )
+    @contextmanager
+    def _no_files_of_nothing(self, subcommand: str) -> Iterator[None]:
+        """Leave no files behind if a run fails before its first step, or does not train."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            yield
+        except BaseException:
+            if missing and (subcommand != "fit" or self.trainer.global_step == 0):
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # another run may use a parent by now
+                    for parent in missing[1:]:
+                        parent.rmdir()
+            raise

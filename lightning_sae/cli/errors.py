@@ -1,25 +1,26 @@
-"""Mistakes of the user, and ranks that are gone, told in one line; bugs with their traceback."""
+"""What ends the command in one line: mistakes of the user, and processes and disks that are gone.
+
+A mistake of the user is a `UsageError`. What other libraries raise about settings is made one
+where they are given the settings (`refusals`), or is an exception that its library has for such
+(Lightning's `MisconfigurationException`). Any other error is a bug, and its traceback is wanted.
+"""
 
 from __future__ import annotations
 
+import errno
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Final
 
-import jsonargparse
-import lightning
-import torch
 import torch.distributed as dist
-from torch.optim.lr_scheduler import LRScheduler
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["one_line", "one_line_errors"]
+from lightning_sae.checks import UsageError
 
-PACKAGE = Path(__file__).parents[1]
-CHECKERS = tuple(Path(module.__path__[0]) for module in (jsonargparse, lightning, torch.optim))
-"""Libraries that refuse settings, and do nothing else that a user has no part in."""
-UNTOLD = (
+__all__ = ["one_line", "one_line_errors", "refusals"]
+
+UNTOLD: Final = (
     "Does not validate",
     "Subtypes",
     "Errors",
@@ -30,8 +31,10 @@ UNTOLD = (
     "Subclass types",
 )
 """How lines of jsonargparse's messages begin that tell about its own workings."""
-GLOO = ("/gloo/", "caused pair closure")
+GLOO: Final = ("/gloo/", "caused pair closure")
 """What its errors contain, which have no class of their own."""
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a disk answers to a write, when no one knows the name of the file any more."""
 
 
 @contextmanager
@@ -40,44 +43,28 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = _about_other_ranks(error) or _about_a_schedule(error) or _about_the_input(error)
+        told = _told(error)
         if told is None:
             raise
-        sys.exit(one_line(str(told)))
+        sys.exit(one_line(told))
 
 
-def _about_other_ranks(error: BaseException) -> str | None:
-    """Return what to say if it was raised because another process did not answer."""
-    if isinstance(error, dist.DistError) or any(words in str(error) for words in GLOO):
-        return f"another process of the run has ended, or hangs: {error}".splitlines()[0]
-    return None
+@contextmanager
+def refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """Make a mistake of the user of what a library raises when it is given a setting.
 
+    Args:
+        kinds: What it raises to refuse one.
 
-def _about_a_schedule(error: BaseException) -> str | None:
-    """Return what to say if a schedule divides by a length of zero, which torch does not check."""
-    (*_, (frame, _)) = traceback.walk_tb(error.__traceback__)
-    schedule = frame.f_locals.get("self")
-    if isinstance(error, ZeroDivisionError) and isinstance(schedule, LRScheduler):
-        return f"lr_scheduler={type(schedule).__name__} has a length of 0: {error}"
-    return None
-
-
-def _about_the_input(error: BaseException) -> BaseException | None:
-    """Return the error, or the one behind it, if it was raised to tell the user of their input.
-
-    Such are those that this package raises; else those that the libraries raise which check what
-    the user sets; else files and folders. Anything else is a bug, and its traceback is wanted.
+    Raises:
+        UsageError: In place of these.
     """
-    links = [error]
-    while (cause := links[-1].__cause__) is not None:  # jsonargparse wraps what constructors raise
-        links.append(cause)
-    for folders in ((PACKAGE,), CHECKERS):
-        for link in reversed(links):
-            last = traceback.extract_tb(link.__traceback__)[-1]
-            deliberate = (last.line or "").startswith("raise ")
-            if deliberate and any(Path(last.filename).is_relative_to(folder) for folder in folders):
-                return link
-    return error if isinstance(error, OSError) else None
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        raise UsageError(str(error)) from error
 
 
 def one_line(message: str) -> str:
@@ -85,3 +72,14 @@ def one_line(message: str) -> str:
     lines = (line.strip(" -").rstrip(":") for line in message.splitlines())
     told = dict.fromkeys(line for line in lines if line and not line.startswith(UNTOLD))
     return ": ".join(["lightning_sae: error", *told])
+
+
+def _told(error: Exception) -> str | None:
+    """Return what to say of an error that is no bug."""
+    if isinstance(error, dist.DistError) or any(words in str(error) for words in GLOO):
+        return f"another process of the run has ended, or hangs: {error}".splitlines()[0]
+    if isinstance(error, UsageError | MisconfigurationException):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        return str(error)
+    return None

@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import load_file
 
 import lightning_sae
-from lightning_sae.cli import SparseAutoencoderCLI, find_config, main
-from lightning_sae.cli.command import PACKAGE
+from lightning_sae.cli import SparseAutoencoderCLI, main
+from lightning_sae.cli.parser import PACKAGE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARCHITECTURES = ["standard", "topk", "mutual_choice", "feature_choice"]
@@ -127,7 +127,7 @@ def test_a_second_run_resumes_where_the_first_stopped(tmp_path: Path):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_overlays_parse_with_every_architecture(name: str, model: str, monkeypatch):
     monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda cli, subcommand: None)
     overlays = ["--config", f"models/{model}.yaml", "--config", "trainer/ddp.yaml"]
     main(["fit", "--config", f"{name}.yaml", *overlays])
 
@@ -135,7 +135,7 @@ def test_overlays_parse_with_every_architecture(name: str, model: str, monkeypat
 def test_a_large_dictionary_is_stepped_in_chunks(monkeypatch):
     made = []
     monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda cli: made.append(cli))
-    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda cli, subcommand: None)
     overlay = ["--config", "sizes/million_features.yaml", "--model.n_features", "4096"]
     main(["fit", "--config", "feature_choice.yaml", *overlay])
     optimizer = made[0].config.fit.model.init_args.optimizer
@@ -152,14 +152,6 @@ def test_every_optimizer_is_spelled_out(path: Path):
         if optimizer["class_path"] == "torch.optim.Adam":
             said.add("fused")
         assert set(optimizer["init_args"]) == said
-
-
-def test_a_local_configuration_comes_before_the_packaged_one(tmp_path: Path):
-    assert Path(find_config("topk.yaml")).samefile(CONFIGS / "topk.yaml")
-    assert Path(find_config("models/gpt2_small.yaml")).is_file()
-    (tmp_path / "topk.yaml").write_text("trainer: {max_steps: 1}")
-    assert Path(find_config("topk.yaml")) == Path("topk.yaml")
-    assert find_config("nowhere.yaml") == "nowhere.yaml"
 
 
 def test_a_budget_below_one_match_a_feature_is_told(tmp_path: Path, capsys):

@@ -30,8 +30,8 @@ def checkpoint_callback(**init_args: Any) -> str:
     return json.dumps([{"class_path": "ModelCheckpoint", "init_args": init_args}])
 
 
-def scheduler(**init_args: Any) -> str:
-    return json.dumps({"class_path": "StepLR", "init_args": init_args})
+def scheduler(name: str = "StepLR", **init_args: Any) -> str:
+    return json.dumps({"class_path": name, "init_args": init_args})
 
 
 CASES: list[tuple[str, Any, str]] = [
@@ -51,12 +51,12 @@ CASES: list[tuple[str, Any, str]] = [
     ("model.aux_coefficient", -1, "aux_coefficient=-1"),
     ("model.aux_coefficient", "nan", "\"aux_coefficient\": Expected a <class 'float'>"),
     ("model.dead_after_tokens", 0, "dead_after_tokens=0"),
-    ("model.optimizer.lr", -1, "Invalid learning rate: -1"),
+    ("model.optimizer.lr", -1, "optimizer: Invalid learning rate: -1"),
     ("model.optimizer.lr", "nan", '"lr": '),
     ("model.optimizer.betas", "[0.9]", '"betas": Expected a tuple with 2 elements'),
-    ("model.optimizer.betas", "[2, 0.9]", "Invalid beta parameter at index 0: 2.0"),
-    ("model.optimizer.weight_decay", -1, "Invalid weight_decay value: -1"),
-    ("model.optimizer.eps", -1, "Invalid epsilon value: -1"),
+    ("model.optimizer.betas", "[2, 0.9]", "optimizer: Invalid beta parameter at index 0: 2.0"),
+    ("model.optimizer.weight_decay", -1, "optimizer: Invalid weight_decay value: -1"),
+    ("model.optimizer.eps", -1, "optimizer: Invalid epsilon value: -1"),
     ("model.optimizer", "NoSuch", '"optimizer": Expected a dot import path string: NoSuch'),
     ("model.lr_scheduler", "NoSuch", '"lr_scheduler": Expected a dot import path'),
     ("model.lr_scheduler", scheduler(), "required: step_size"),
@@ -139,6 +139,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("seed_everything", "x", '"seed_everything": '),
     ("ckpt_path", "missing.ckpt", "ckpt_path=missing.ckpt: fit needs"),
     ("ckpt_path", ".", "ckpt_path=.: fit needs"),
+    ("ckpt_path", "hpc", "ckpt_path=hpc: there is no hpc_ckpt_*.ckpt in"),
     ("ckpt_path", "best", "ckpt_path=best: fit needs"),
     ("ckpt_path", "https://127.0.0.1:9/x.ckpt", "ckpt_path=https://127.0.0.1:9/x.ckpt: fit needs"),
     ("ckpt_path", "empty.ckpt", "ckpt_path=empty.ckpt is no checkpoint of an SAE, or is damaged"),
@@ -192,3 +193,16 @@ def test_a_schedule_of_no_length(text: Path, told):
     """Torch takes it, and divides by it after the first step."""
     line = arguments(**{"data.text": text, "model.lr_scheduler": scheduler(step_size=0)})
     assert "lr_scheduler=StepLR has a length of 0: integer modulo by zero" in told(line)
+
+
+def test_a_schedule_that_is_shorter_than_the_run(text: Path, told):
+    """Torch says so when it is over."""
+    schedule = scheduler("OneCycleLR", max_lr=0.1, total_steps=3)
+    line = arguments(**{"data.text": text, "model.lr_scheduler": schedule})
+    assert "lr_scheduler=OneCycleLR: Tried to step 4 times" in told(line)
+
+
+def test_a_schedule_that_is_none(text: Path, told):
+    schedule = scheduler("OneCycleLR", max_lr=0.1, total_steps=-1)
+    line = arguments(**{"data.text": text, "model.lr_scheduler": schedule})
+    assert "lr_scheduler: Expected positive integer total_steps, but got -1" in told(line)

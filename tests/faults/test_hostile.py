@@ -18,7 +18,7 @@ import torch
 
 from lightning_sae import TopKSAE
 from lightning_sae.cli import main
-from lightning_sae.cli.command import PACKAGE
+from lightning_sae.cli.parser import PACKAGE
 from tests.faults.runs import arguments, checkpoints
 
 MODEL = PACKAGE / "quickstart"

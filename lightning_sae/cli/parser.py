@@ -1,0 +1,74 @@
+"""The parser of the command line: configurations by name, and mistakes in one line."""
+
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar, cast
+
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+import lightning_sae
+from lightning_sae.cli.errors import one_line, refusals
+
+__all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config"]
+
+PACKAGE: Final = Path(lightning_sae.__file__).parent
+T = TypeVar("T")
+
+
+class Parser(LightningArgumentParser):
+    """A parser that reports a mistake in one line, without a screenful of usage."""
+
+    reading = ""
+    """The configuration that is being read, and so has the mistake."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what of the message is about the user's input, and exit with 2."""
+        self.exit(2, f"{one_line(self.reading + message)}\n")
+
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Return the configuration with an object in place of each class that it names.
+
+        Raises:
+            UsageError: If a constructor refuses its arguments. Anything else that one raises is as
+                it was, and not in the wrappings of jsonargparse.
+        """
+        failures: list[Exception] = []
+
+        def construct(class_type: type[T], *args: Any, **kwargs: Any) -> T:
+            try:
+                return class_type(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        self.add_instantiator(construct, object)
+        with refusals(ValueError, ImportError):  # the latter if what an option needs is not there
+            try:
+                return cast(Namespace, super().instantiate_classes(*args, **kwargs))
+            except Exception as error:
+                failures.insert(0, error)
+            raise failures[-1]
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config NAME`: a local file of that name, else the one that ships with the package."""
+
+    def __call__(
+        self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        """Parse the file and add its keys to `cfg`."""
+        parser.reading = f"config={values}\n"
+        try:
+            self.apply_config(parser, cfg, self.dest, find_config(values))
+        except UnicodeDecodeError as error:
+            parser.error(str(error), error)
+        parser.reading = ""
+
+
+def find_config(name: str) -> str:
+    """Return the path of a configuration: as given if it exists, else where it is packaged.
+
+    In a wheel the configurations lie inside the package, in a checkout beside it.
+    """
+    packaged = (folder / "configs" / name for folder in (PACKAGE, PACKAGE.parent))
+    return next((str(path) for path in (Path(name), *packaged) if path.is_file()), name)

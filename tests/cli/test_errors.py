@@ -1,0 +1,63 @@
+"""What the command says in one line, and what it lets pass."""
+
+import errno
+import os
+
+import pytest
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_sae.checks import UsageError
+from lightning_sae.cli.errors import one_line, one_line_errors, refusals
+
+
+class OurError(UsageError):
+    """A subclass."""
+
+
+TOLD: list[tuple[Exception, str]] = [
+    (UsageError("k=0 is out of range"), "k=0 is out of range"),
+    (OurError("two\n- lines:"), "two: lines"),
+    (MisconfigurationException("devices=0"), "devices=0"),
+    (PermissionError(errno.EACCES, "denied", "a.txt"), "[Errno 13] denied: 'a.txt'"),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "[Errno 28] No space left on device"),
+    (dist.DistNetworkError("no answer"), "another process of the run has ended, or hangs: no ans"),
+    (
+        RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"),
+        "another process of the run has ended, or hangs: [/gloo/transport",
+    ),
+]
+BUGS = [ValueError("x"), TypeError("x"), RuntimeError("x"), KeyError("x"), OSError("x")]
+BUGS += [OSError(errno.EBADF, "x"), ImportError("x"), AttributeError("x"), ZeroDivisionError("x")]
+
+
+@pytest.mark.parametrize(("error", "expected"), TOLD, ids=[repr(error) for error, _ in TOLD])
+def test_what_is_told(error: Exception, expected: str):
+    with pytest.raises(SystemExit) as exit_, one_line_errors():
+        raise error
+    assert exit_.value.code.startswith(f"lightning_sae: error: {expected}")
+    assert "\n" not in exit_.value.code
+
+
+@pytest.mark.parametrize("error", BUGS, ids=repr)
+def test_what_passes(error: Exception):
+    with pytest.raises(type(error)) as passed, one_line_errors():
+        raise error
+    assert passed.value is error
+
+
+def test_refusals():
+    with pytest.raises(UsageError, match=r"^x$") as error, refusals(ValueError, TypeError):
+        raise TypeError("x")
+    assert isinstance(error.value.__cause__, TypeError)
+    with pytest.raises(OurError), refusals(ValueError):  # as it is
+        raise OurError("x")
+    with pytest.raises(KeyError), refusals(ValueError, TypeError):
+        raise KeyError("x")
+
+
+def test_one_line():
+    message = (
+        "Does not validate against any of\nSubtypes: [a]\nErrors:\n  - k=0 is bad\n- k=0 is bad"
+    )
+    assert one_line(message) == "lightning_sae: error: k=0 is bad"

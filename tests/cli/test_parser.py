@@ -1,0 +1,52 @@
+"""Configurations by name, and what constructors raise."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_sae.checks import UsageError
+from lightning_sae.cli.parser import Parser, find_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_a_local_configuration_comes_before_the_packaged_one(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_config("topk.yaml")).samefile(CONFIGS / "topk.yaml")
+    assert Path(find_config("models/gpt2_small.yaml")).is_file()
+    (tmp_path / "topk.yaml").write_text("trainer: {max_steps: 1}")
+    assert Path(find_config("topk.yaml")) == Path("topk.yaml")
+    assert find_config("nowhere.yaml") == "nowhere.yaml"
+
+
+class Part:
+    def __init__(self, kind: str = "none") -> None:
+        errors = {"value": ValueError, "import": ImportError, "ours": UsageError, "type": TypeError}
+        if kind in errors:
+            raise errors[kind](f"kind={kind}") from KeyError("its own cause")
+
+
+def instantiate(kind: str, type_: type) -> object:
+    parser = Parser()
+    parser.add_argument("--part", type=type_)
+    config = parser.parse_args([f"--part={__name__}.Part", f"--part.init_args.kind={kind}"])
+    return parser.instantiate_classes(config).part
+
+
+TYPES = [Part, Part | None, str | Part]
+
+
+@pytest.mark.parametrize("type_", TYPES, ids=str)
+def test_what_a_constructor_raises_about_its_arguments_is_a_mistake_of_the_user(type_):
+    assert isinstance(instantiate("none", type_), Part)
+    for kind in ("value", "import", "ours"):
+        with pytest.raises(UsageError) as error:
+            instantiate(kind, type_)
+        assert str(error.value) == f"kind={kind}"
+
+
+@pytest.mark.parametrize("type_", TYPES, ids=str)
+def test_anything_else_is_a_bug_and_comes_without_wrappings(type_):
+    with pytest.raises(TypeError, match=r"^kind=type$") as error:
+        instantiate("type", type_)
+    assert isinstance(error.value.__cause__, KeyError)
