@@ -1,0 +1,198 @@
+"""Every private name of another library that the package leans on, and that it is still there.
+
+A library may drop such a name, or change what it takes, in any release. A new one needs an entry
+here, and where it is used a line that says why nothing public will do.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core import saving
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from transformers import PreTrainedConfig
+
+import lightning_sae
+
+PACKAGE = Path(lightning_sae.__file__).parent
+OF_METACLASSES = {"_abc_impl", "_backward_cls", "_is_protocol"}  # set on every class they make
+NO_SECRETS = {"_asdict", "_fields", "_replace"}  # public: a named tuple has no other names for them
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def trainer() -> Any:
+    return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+
+
+MEAN = ["mean_value", "weight"]  # the states of a MeanMetric
+PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
+    "_apply": [
+        # Moves and converts what a module holds, whichever of `to`, `half`, `cuda` ... is called.
+        ("torch.nn.Module", lambda: parameters(torch.nn.Module._apply), ["self", "fn", "recurse"]),
+        (
+            "torchmetrics.Metric",
+            lambda: parameters(torchmetrics.Metric._apply),
+            ["self", "fn", "exclude_state"],
+        ),
+    ],
+    "_cache": [
+        # The states as they were before ranks added theirs.
+        ("torchmetrics.Metric", lambda: torchmetrics.MeanMetric()._cache, None),
+    ],
+    "_checkpoint_io": [
+        # What the user named; None if nothing.
+        ("Strategy", lambda: SingleDeviceStrategy()._checkpoint_io, None),
+    ],
+    "_parse_ckpt_path": [
+        # Overridden to do nothing.
+        ("LightningCLI", lambda: parameters(LightningCLI._parse_ckpt_path), ["self"]),
+        (
+            "LightningCLI",
+            lambda: "_parse_ckpt_path" in LightningCLI.__init__.__code__.co_names,
+            True,
+        ),
+    ],
+    "_class_path": [
+        # An argument that checkpoints of its command line have.
+        ("LightningCLI", lambda: "_class_path" in source(LightningCLI), True),
+    ],
+    "_commit_hash": [
+        # The revision of a model from a hub, whatever branch or tag it was asked for by.
+        ("transformers.PreTrainedConfig", lambda: PreTrainedConfig()._commit_hash, None),
+    ],
+    "_instantiator": [
+        # An argument that makes `load_from_checkpoint` call whatever function it names.
+        ("LightningModule", lambda: "_instantiator" in inspect.getsource(saving), True),
+    ],
+    "_reductions": [
+        # All states and how they are joined.
+        ("torchmetrics.Metric", lambda: list(torchmetrics.MeanMetric()._reductions), MEAN),
+    ],
+    "_signal_connector": [
+        # Where a signal is noted that the loops look for after each step.
+        ("Trainer", lambda: trainer()._signal_connector.received_sigterm, False),
+    ],
+    "_sync_dist": [
+        # Joins the states of all ranks, once `_cache` is made.
+        (
+            "torchmetrics.Metric",
+            lambda: parameters(torchmetrics.Metric._sync_dist),
+            ["self", "dist_sync_fn", "process_group"],
+        ),
+    ],
+    "_trainer": [
+        # None in a plain loop, where `trainer` raises.
+        ("LightningModule", lambda: pl.LightningModule()._trainer, None),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_it_is_still_there(name: str):
+    for owner, look, expected in PRIVATE[name]:
+        try:
+            found = look()
+        except AttributeError as error:
+            pytest.fail(f"{owner}.{name} is gone, which {places().get(name)} use: {error}")
+        assert found == expected, f"{owner}.{name} has changed, which {places().get(name)} use"
+
+
+def test_every_one_is_listed():
+    assert places().keys() == PRIVATE.keys(), f"private names of other libraries: {places()}"
+
+
+def test_none_is_set_by_accident():
+    """A private attribute of ours, in a class that inherits from one with the same."""
+    assert not {
+        f"{ours.__qualname__}.{name}": base.__qualname__
+        for ours in classes()
+        for name in set(re.findall(r"self\.(_[a-z]\w*)\b[^=\n]*=[^=]", source(ours)))
+        for base in foreign_bases(ours)
+        if name not in PRIVATE and re.search(rf"self\.{name}\b", source(base))
+    }
+
+
+def places() -> dict[str, list[str]]:
+    """Private names of other libraries, and the files that use them."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    ours = {name for tree in trees.values() for name in defined(tree)} | NO_SECRETS
+    found: dict[str, list[str]] = {}
+    for path, tree in trees.items():
+        for name in sorted(set(used(tree)) - ours):
+            found.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    for each in classes():
+        for name in vars(each):
+            if is_private(name) and any(name in vars(base) for base in foreign_bases(each)):
+                found.setdefault(name, []).append(f"{each.__module__}.{each.__qualname__}")
+    return found
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_[a-zA-Z]\w*", name) is not None and name not in OF_METACLASSES
+
+
+def used(tree: ast.AST) -> Iterator[str]:
+    """Private attributes, private arguments, and private modules and names that are imported."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value]  # for `getattr`, or an argument
+        yield from filter(is_private, names)
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """Names that a file gives to something of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "self"
+        ):
+            yield node.attr
+
+
+def classes() -> list[type]:
+    """All classes of the package."""
+    found = {}
+    for module in pkgutil.walk_packages([str(PACKAGE)], "lightning_sae."):
+        if module.name.endswith("__main__"):
+            continue
+        for each in vars(importlib.import_module(module.name)).values():
+            if isinstance(each, type) and each.__module__.startswith("lightning_sae."):
+                found[each.__qualname__] = each
+    return list(found.values())
+
+
+def foreign_bases(each: type) -> list[type]:
+    return [base for base in each.__mro__ if not base.__module__.startswith("lightning_sae.")]
+
+
+def source(each: type) -> str:
+    try:
+        return inspect.getsource(each)
+    except (OSError, TypeError):  # it is built in
+        return ""
