@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import secrets
@@ -15,11 +16,12 @@ from typing import Any, Final
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lightning_sae.checkpoint_format import is_sae
+from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae, upgrade
 from lightning_sae.checks import UsageError
 
 __all__ = [
     "AtomicCheckpointIO",
+    "in_present_format",
     "open_checkpoint",
     "read_checkpoint",
     "require_intact",
@@ -66,6 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         found: dict[str, Any] = super().load_checkpoint(
             path, map_location, weights_only=weights_only is not False
         )
+        upgrade(found)
         return found
 
     def save_checkpoint(
@@ -118,6 +121,25 @@ def read_checkpoint(
     if not is_sae(found["state_dict"]):
         raise UsageError(f"{path} is no checkpoint of an SAE")
     return found
+
+
+def in_present_format(path: Any) -> Any:
+    """Return what to load in place of a checkpoint: itself, or in memory what upgrading made of it.
+
+    Args:
+        path: A file, a URL, or an open file; the last two are taken to be of the present format.
+
+    Raises:
+        UsageError: It is damaged, of a later format, or not of an SAE.
+    """
+    if not isinstance(path, str | Path) or "://" in str(path):
+        return path
+    if format_of(open_checkpoint(path)) == FORMAT:
+        return path
+    upgraded = io.BytesIO()
+    torch.save(read_checkpoint(path), upgraded)
+    upgraded.seek(0)
+    return upgraded
 
 
 def open_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ L1 = {
 }  # the penalties that gave about k matches a token in a first trial
 
 NO_AUX, AUX_K = {"aux_coefficient": 0}, {"dying_below": 0}
-UNIFORM, FROM_SCRATCH = {"budgets": "uniform"}, {"mutual_choice_for": 0}
+UNIFORM, FROM_SCRATCH = {"budgets": "uniform"}, {"mutual_choice_share": 0}
 AFFINITY, TOKEN_NORM = {"importance": "affinity"}, {"importance": "token_norm"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),

@@ -13,29 +13,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
 from lightning_sae.architectures.threshold import ThresholdSAE
-from lightning_sae.parallel.legacy import (
-    max_over_ranks,
-    mean_over_ranks,
-    min_over_ranks,
-    world_size,
-)
+from lightning_sae.parallel import Ranks
 from tests.helpers.ddp import run_on
 from tests.helpers.superposition import superposition
 
 STEPS, TOKENS = 100, 128
+RANKS = Ranks()
 
 CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "topk": lambda: TopKSAE(8, 48, 3, multi_k_coefficient=0.1, aux_coefficient=0),
     "mutual": lambda: MutualChoiceSAE(8, 48, 3, aux_coefficient=0),
     "mutual by gain": lambda: MutualChoiceSAE(8, 48, 3, importance="gain", aux_coefficient=0),
     "feature, uniform": lambda: FeatureChoiceSAE(
-        8, 48, 3, budgets="uniform", mutual_choice_for=0, aux_coefficient=0
+        8, 48, 3, budgets="uniform", mutual_choice_share=0, aux_coefficient=0
     ),
     "feature, zipf": lambda: FeatureChoiceSAE(
-        8, 48, 3, mutual_choice_for=0, min_matches=0.1, aux_coefficient=0
+        8, 48, 3, mutual_choice_share=0, min_matches=0.1, aux_coefficient=0
     ),
     "feature, both phases": lambda: FeatureChoiceSAE(
-        8, 48, 3, mutual_choice_for=60 * TOKENS, aux_coefficient=0
+        8, 48, 3, mutual_choice_tokens=60 * TOKENS, aux_coefficient=0
     ),
     "standard": lambda: StandardSAE(8, 48, 0.5, l1_warmup_tokens=50 * TOKENS),
     "mutual, helping dead and dying": lambda: MutualChoiceSAE(
@@ -65,23 +61,25 @@ def train(rank: int, case: str) -> tuple[list[float], dict[str, Tensor]]:
     """
     torch.manual_seed(0)
     sae = CASES[case]().double()
-    model = DistributedDataParallel(Loss(sae)) if world_size() > 1 else Loss(sae)
+    model = DistributedDataParallel(Loss(sae)) if RANKS.size > 1 else Loss(sae)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     losses = []
     for step in range(STEPS):
         batch = superposition(TOKENS, 8, n_features=16, seed=step).double()
-        loss = model(batch.chunk(world_size())[rank])
+        loss = model(batch.chunk(RANKS.size)[rank])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         sae.normalize_decoder()
-        losses.append(mean_over_ranks(loss).item())
+        losses.append(RANKS.mean(loss).item())
         # DDP makes buffers equal again before the next step, but until then it would show.
         buffers = torch.cat([buffer.flatten().double() for buffer in sae.buffers()])
-        assert torch.equal(max_over_ranks(buffers), min_over_ranks(buffers)), f"step {step}"
+        assert torch.equal(RANKS.all_reduce(buffers, "max"), RANKS.all_reduce(buffers, "min")), (
+            f"step {step}"
+        )
     if isinstance(sae, ThresholdSAE):
         held_out = superposition(400, 8, n_features=16, seed=STEPS).double()
-        sae.calibrate(held_out.tensor_split([100, 300, 300][: world_size() - 1])[rank])
+        sae.calibrate(held_out.tensor_split([100, 300, 300][: RANKS.size - 1])[rank])
     return losses, sae.state_dict()
 
 
@@ -155,4 +153,4 @@ def test_the_command_line_trains_the_same_on_two_processes(tmp_path: Path):
     two = fit(tmp_path / "two", "mutual_choice.yaml", "trainer/ddp.yaml")
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
-    assert two["state_dict"]["tokens_seen"] == 4 * 512
+    assert two["state_dict"]["history.tokens_seen"] == 4 * 512

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 D_MODEL, N_FEATURES, K, TOKENS = 64, 1024, 8, 512
 
-feature_choice = partial(FeatureChoiceSAE, mutual_choice_for=0, zipf_exponent=1.0, zipf_offset=2.0)
+feature_choice = partial(
+    FeatureChoiceSAE, mutual_choice_share=0, zipf_exponent=1.0, zipf_offset=2.0
+)
 MAKE = {
     "standard": partial(StandardSAE, D_MODEL, N_FEATURES, 0.5),
     "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),

@@ -24,7 +24,7 @@ CASES: dict[str, Callable[..., SparseAutoencoder]] = {
     "topk": TopKSAE,
     "mutual": MutualChoiceSAE,
     "mutual by token_norm": partial(MutualChoiceSAE, importance="token_norm"),
-    "feature": partial(FeatureChoiceSAE, mutual_choice_for=0, min_matches=0.1),
+    "feature": partial(FeatureChoiceSAE, mutual_choice_share=0, min_matches=0.1),
 }
 
 
@@ -57,6 +57,7 @@ def test_a_step_holds_neither_all_pairs_nor_a_gradient_of_all_weights(make):
     torch.manual_seed(0)
     sae = make(D_MODEL, N_FEATURES, K, aux_coefficient=0)
     optimizer = ChunkedAdam(sae.parameters())
+    sae.leave_gradients_in_parts()
     directions = torch.randn(512, D_MODEL)
     losses = []
 
@@ -66,7 +67,7 @@ def test_a_step_holds_neither_all_pairs_nor_a_gradient_of_all_weights(make):
 
         def rest() -> None:
             losses.pop().backward()
-            optimizer.clip_grad_norm(1.0)
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             sae.normalize_decoder()
@@ -86,7 +87,7 @@ def test_auxiliary_losses_make_no_gradients_of_their_own(make):
     sae = make(D_MODEL, N_FEATURES, K, dying_below=0.75)
     x = torch.randn(TOKENS, D_MODEL)
     sae.loss(x)
-    sae.tokens_since_fired[::3] = sae.dead_after_tokens
+    sae.history.tokens_since_fired[::3] = sae.history.dead_after_tokens
     loss, stats = sae.loss(x)
     assert stats["aux_zipf_loss"] > 0
     # Gradients of two matrices, and the tables and matches that they are summed up from.
@@ -98,6 +99,6 @@ def test_parts_of_a_gradient_are_not_kept_where_they_are_larger_than_it():
     sae = TopKSAE(64, 1024, K, multi_k_coefficient=0.1)
     x = torch.randn(8192, 64)
     sae.loss(x)
-    sae.tokens_since_fired[::3] = sae.dead_after_tokens
+    sae.history.tokens_since_fired[::3] = sae.history.dead_after_tokens
     loss, _ = sae.loss(x)
     assert held(loss.backward) < 16 * MIB

@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
 from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.data import ActivationDataModule
-from lightning_sae.parallel.legacy import world_size
+from lightning_sae.parallel import Ranks
 from tests.data.tiny import D_MODEL, arguments, save_model, save_text
 from tests.helpers.ddp import run_on
 
@@ -37,11 +37,11 @@ ARCHITECTURES: dict[str, Callable[[], SparseAutoencoder]] = {
     "topk": lambda: TopKSAE(D_MODEL, 32, 3, multi_k_coefficient=0.1, dead_after_tokens=128),
     "mutual": lambda: MutualChoiceSAE(D_MODEL, 32, 3, **HELPING),
     "feature, uniform": lambda: FeatureChoiceSAE(
-        D_MODEL, 32, 3, budgets="uniform", mutual_choice_for=0, **HELPING
+        D_MODEL, 32, 3, budgets="uniform", mutual_choice_share=0, **HELPING
     ),
     # features choose from step 5 on; budgets below one are rounded at random
     "feature, both phases": lambda: FeatureChoiceSAE(
-        D_MODEL, 32, 4, mutual_choice_for=0.5, min_matches=0.5, **HELPING
+        D_MODEL, 32, 4, mutual_choice_share=0.5, min_matches=0.5, **HELPING
     ),
 }
 
@@ -101,8 +101,8 @@ def train(
     watch = Watch(cut)
     trainer = pl.Trainer(
         accelerator="cpu",
-        strategy="ddp" if world_size() > 1 else "auto",
-        devices=world_size(),
+        strategy="ddp" if Ranks().size > 1 else "auto",
+        devices=Ranks().size,
         plugins=AtomicCheckpointIO(),
         max_steps=STEPS,
         max_epochs=-1,

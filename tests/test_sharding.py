@@ -34,8 +34,8 @@ from lightning_sae.callbacks.resampling import renew
 from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.cli import main
 from lightning_sae.metrics import FeatureDensity
-from lightning_sae.parallel.legacy import mean_over_ranks, processes, rank, world_size
-from lightning_sae.parallel.share import local
+from lightning_sae.parallel import local
+from lightning_sae.parallel.ranks import processes
 from tests.helpers.ddp import run_on
 from tests.helpers.superposition import superposition
 
@@ -47,10 +47,10 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "mutual by token norm": lambda: MutualChoiceSAE(8, FEATURES, 3, importance="token_norm"),
     "mutual by gain": lambda: MutualChoiceSAE(8, FEATURES, 3, importance="gain"),
     "feature, from the start": lambda: FeatureChoiceSAE(
-        8, FEATURES, 3, mutual_choice_for=0, min_matches=0.1, dead_after_tokens=TOKENS
+        8, FEATURES, 3, mutual_choice_share=0, min_matches=0.1, dead_after_tokens=TOKENS
     ),
     "feature, both phases": lambda: FeatureChoiceSAE(
-        8, FEATURES, 3, mutual_choice_for=30 * TOKENS, dead_after_tokens=2 * TOKENS
+        8, FEATURES, 3, mutual_choice_tokens=30 * TOKENS, dead_after_tokens=2 * TOKENS
     ),
     "standard": lambda: StandardSAE(8, FEATURES, 0.5, l1_warmup_tokens=20 * TOKENS),
 }
@@ -63,12 +63,9 @@ def shared_out(sae: SparseAutoencoder, groups: int = 1) -> Iterator[None]:
     if count > 1:
         names = ("data_parallel", "tensor_parallel")
         sae._device_mesh = init_device_mesh("cpu", (groups, count // groups), mesh_dim_names=names)
-    try:
-        sae.configure_model()
-        sae.on_fit_start()
-        yield
-    finally:
-        sae.teardown("fit")
+    sae.configure_model()
+    sae.on_fit_start()
+    yield
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -92,10 +89,11 @@ def train(
     sae = CASES[case]().double()
     losses, norms = [], []
     with shared_out(sae, groups):
+        ranks = sae.layout.ranks
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
         for step in range(STEPS):
             x = superposition(TOKENS, 8, n_features=16, seed=step).double()
-            loss, stats = sae.loss(x.chunk(world_size())[rank()])
+            loss, stats = sae.loss(x.chunk(ranks.size)[ranks.index])
             optimizer.zero_grad()
             loss.backward()
             sae.on_after_backward()
@@ -103,10 +101,10 @@ def train(
             optimizer.step()
             sae.normalize_decoder()
             terms = {name: value for name, value in stats.items() if name.endswith("loss")}
-            losses.append({name: mean_over_ranks(value).item() for name, value in terms.items()})
+            losses.append({name: ranks.mean(value).item() for name, value in terms.items()})
         held_out = superposition(400, 8, n_features=16, seed=STEPS).double()
         if isinstance(sae, ThresholdSAE):
-            sae.calibrate(held_out.chunk(world_size())[rank()])
+            sae.calibrate(held_out.chunk(ranks.size)[ranks.index])
         state = {name: full(value) for name, value in sae.state_dict().items()}
         codes = sae.eval().encode(held_out).detach()
         return losses, norms, state | {"codes": codes, "decoded": sae.decode(codes).detach()}
@@ -187,7 +185,7 @@ def fit(
         8,
         FEATURES,
         3,
-        mutual_choice_for=5 * TOKENS,
+        mutual_choice_tokens=5 * TOKENS,
         dead_after_tokens=2 * TOKENS,
         optimizer=ChunkedAdam if chunked else partial(torch.optim.Adam, fused=True),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
@@ -201,7 +199,7 @@ def fit(
         trainer.save_checkpoint(folder / f"{name}.ckpt")
         trainer.predict(sae, loader, return_predictions=False)
         (measured,) = trainer.test(sae, loader, verbose=False)
-    assert (sae.share.mesh is None) == (count == 1)
+    assert (sae.layout.share.mesh is None) == (count == 1)
     return measured
 
 
@@ -271,7 +269,7 @@ def resample(rank: int) -> dict[str, Tensor]:
         loss.backward()
         optimizer.step()
         dead = torch.tensor([40, 3, 24, 25])
-        sae.tokens_since_fired[dead] = sae.dead_after_tokens
+        sae.history.tokens_since_fired[dead] = sae.history.dead_after_tokens
         renew(sae, dead, superposition(4, 8, n_features=16, seed=1), [optimizer])
         moments = optimizer.state[sae.W_dec]["exp_avg"]
         return {name: full(value) for name, value in sae.state_dict().items()} | {
@@ -286,8 +284,9 @@ def test_dead_features_are_resampled_where_they_are():
 
 
 def count_tokens(process: int) -> int:
-    sae, density = TopKSAE(8, FEATURES, 3), FeatureDensity(FEATURES)
+    sae = TopKSAE(8, FEATURES, 3)
     with shared_out(sae):
+        density = FeatureDensity(FEATURES, process_group=sae.layout.ranks.group)
         density.update(sae.match(superposition(TOKENS, 8, n_features=16, seed=0)))
         density.sync()
         return int(density.tokens)
@@ -315,7 +314,7 @@ CONFIGURATION = """--config feature_choice.yaml
     --data.batch_size 512 --data.batches_per_block 4
     --data.validation_tokens 1024 --data.test_tokens 1024
     --trainer.accelerator cpu --trainer.enable_progress_bar false"""
-FIT = "--model.mutual_choice_for 0.5 --trainer.max_steps 6 --trainer.val_check_interval 6"
+FIT = "--model.mutual_choice_share 0.5 --trainer.max_steps 6 --trainer.val_check_interval 6"
 SHARED = "--config trainer/feature_sharded.yaml"
 
 
@@ -337,7 +336,7 @@ def test_the_command_line_shares_out_features(tmp_path: Path):
     command(tmp_path, "fit", CONFIGURATION, FIT, SHARED)
     sae = FeatureChoiceSAE.load_from_checkpoint(next(tmp_path.rglob("last.ckpt")))
     assert sae.choosing
-    assert int(sae.tokens_seen) == 6 * 512
+    assert int(sae.history.tokens_seen) == 6 * 512
 
 
 @pytest.mark.parametrize(
@@ -358,7 +357,10 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told(
     monkeypatch.setattr(sys, "argv", ["lightning_sae"])
     path = tmp_path / "last.ckpt"
     state = TopKSAE(256, 8, 3).state_dict()
-    torch.save({"loops": {}, "architecture": "TopKSAE", "state_dict": state}, path)
+    torch.save(
+        {"loops": {}, "lightning_sae_format": 2, "architecture": "TopKSAE", "state_dict": state},
+        path,
+    )
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SystemExit, match=re.escape(told)):
         main(["test", *f"{CONFIGURATION} {SHARED} --ckpt_path {path}".split()])

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.metric_sync import resident
 from lightning_sae import MutualChoiceSAE, TopKSAE
-from lightning_sae.allocation import Matches
+from lightning_sae.matches import Matches
+from lightning_sae.metrics import FeatureDensity
+from lightning_sae.parallel import Ranks
 from tests.helpers.superposition import superposition
 
 D_MODEL, TOKENS, BATCHES = 8, 32, 16
@@ -85,7 +87,8 @@ PRECISIONS = ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"]
 def test_counts_are_exact(precision: str, updates: int):
     """One token a time: the first feature always fires, the second once, the third never."""
     plugin = pl.Trainer(accelerator="cpu", precision=precision, logger=False).precision_plugin
-    sae = plugin.convert_module(TopKSAE(D_MODEL, 3, 1))
+    history = plugin.convert_module(TopKSAE(D_MODEL, 3, 1)).history
+    density = plugin.convert_module(FeatureDensity(3))
     scores = plugin.convert_input(torch.ones(1, 3))
     first, second = (
         Matches(torch.tensor([0]), torch.tensor([feature]), scores[0, :1], (1, 3))
@@ -93,8 +96,8 @@ def test_counts_are_exact(precision: str, updates: int):
     )
     for matches in (second, *[first] * (updates - 1)):
         with plugin.forward_context():
-            sae._observe(scores, matches)
-            sae.feature_density.update(matches)
-    assert sae.tokens_seen == sae.feature_density.tokens == updates
-    assert sae.tokens_since_fired.tolist() == [0, updates - 1, updates]
-    assert sae.feature_density.fires.tolist() == [updates - 1, 1, 0]
+            history.update(matches.per_feature(), 1, Ranks())
+            density.update(matches)
+    assert history.tokens_seen == density.tokens == updates
+    assert history.tokens_since_fired.tolist() == [0, updates - 1, updates]
+    assert density.fires.tolist() == [updates - 1, 1, 0]

@@ -17,10 +17,10 @@ MAKE = {
     "topk": lambda: TopKSAE(D_MODEL, N_FEATURES, K, aux_coefficient=0),
     "mutual": lambda: MutualChoiceSAE(D_MODEL, N_FEATURES, K, aux_coefficient=0),
     "uniform": lambda: FeatureChoiceSAE(
-        D_MODEL, N_FEATURES, K, budgets="uniform", mutual_choice_for=400 * TOKENS
+        D_MODEL, N_FEATURES, K, budgets="uniform", mutual_choice_tokens=400 * TOKENS
     ),
     "zipf": lambda: FeatureChoiceSAE(
-        D_MODEL, N_FEATURES, K, mutual_choice_for=400 * TOKENS, **LAW, dead_after_tokens=50_000
+        D_MODEL, N_FEATURES, K, mutual_choice_tokens=400 * TOKENS, **LAW, dead_after_tokens=50_000
     ),
 }
 

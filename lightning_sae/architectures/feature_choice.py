@@ -1,26 +1,17 @@
 """Feature Choice: Ayonrinde 2024, https://arxiv.org/abs/2411.02124."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Literal, cast, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import (
-    Importance,
-    Matches,
-    Scores,
-    feature_choice_counting,
-    midpoint_thresholds,
-)
-from lightning_sae.architectures.threshold import Scope, ThresholdSAE
-from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
-from lightning_sae.parallel.legacy import length_over_ranks, rank_group, sum_over_ranks, world_size
-from lightning_sae.parallel.ranks import Ranks
+from lightning_sae.allocation import Choice, feature_choice_counting, midpoint_thresholds
+from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.checkpoint_io import read_checkpoint
+from lightning_sae.checks import UsageError, require_choice, require_not_negative
+from lightning_sae.selection import Scores
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
 _LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
@@ -49,29 +40,19 @@ class FeatureChoiceSAE(ThresholdSAE):
         k: Expected matches per token, 1 to n_features.
         budgets: How matches are shared out among the features: `zipf`, or `uniform`, the same for
             each.
-        mutual_choice_for: How long the batch chooses first: a share of the run, 0 to 1, or a
-            number of tokens, above 1. At 0 features choose from the start, ranked as they stand.
+        mutual_choice_share: Share of the run, 0 to 1, in which the batch chooses first. At 0
+            features choose from the start, ranked as they stand. In a loop without a Trainer nobody
+            knows how long the run will be: there, and if it has no set number of steps, the first
+            phase lasts `dead_after_tokens` tokens, over which densities are measured.
+        mutual_choice_tokens: The same in tokens; it wins where it is given.
         zipf_exponent: s in (rank + q)^-s. Default: fitted; 1 if features choose from the start.
         zipf_offset: q in (rank + q)^-s. Default: fitted; n_features / 1000 from the start.
         min_matches: Smallest budget, in matches a batch; below 1 a feature takes turns. Only for
             `zipf`.
         max_density: Share of a batch's tokens that one feature may take at most. Only for `zipf`.
         start_from: Checkpoint of an SAE of any architecture and the same shape, whose dictionary
-            and densities training starts from. Set `mutual_choice_for` to 0 to keep its densities.
-        aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
-        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
-            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
-            Default: d_model / 2.
-        aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
-            Tokens should come shuffled.
-        dead_after_tokens: Tokens without a match after which a feature counts as dead.
-        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
-        scope: Under data parallelism, whether budgets are for all ranks' tokens, or each rank has
-            its own: `lightning_sae.architectures.threshold.Scope`.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
-            decay to zero over the run.
+            and densities training starts from. Set `mutual_choice_share` to 0 to keep these.
+        options: Those of `ThresholdSAE`.
 
     Attributes:
         tracking: How far a threshold moves in a batch, as a share of itself, at most.
@@ -84,9 +65,9 @@ class FeatureChoiceSAE(ThresholdSAE):
     """
 
     tracking = 0.05
+    threshold_per_feature: ClassVar[bool] = True
     choosing: Tensor
     target_density: Tensor
-    _passing: Tensor  # tokens above each threshold in the batch that was chosen from last
 
     def __init__(
         self,
@@ -95,83 +76,74 @@ class FeatureChoiceSAE(ThresholdSAE):
         k: int,
         *,
         budgets: Literal["uniform", "zipf"] = "zipf",
-        mutual_choice_for: float = 0.85,
+        mutual_choice_share: float = 0.85,
+        mutual_choice_tokens: int | None = None,
         zipf_exponent: float | None = None,
         zipf_offset: float | None = None,
         min_matches: float = 1.0,
         max_density: float = 0.5,
         start_from: str | None = None,
-        aux_coefficient: float = 1 / 32,
-        dying_below: float = 0.75,
-        k_aux: int | None = None,
-        aux_every: int = 1,
-        dead_after_tokens: int = 10_000_000,
-        importance: Importance = "affinity",
-        scope: Scope = "global",
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
-        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        **options: Any,
     ) -> None:
         require_choice(budgets=budgets, of=("uniform", "zipf"))
-        require_not_negative(mutual_choice_for=mutual_choice_for, min_matches=min_matches)
+        require_not_negative(
+            min_matches=min_matches, mutual_choice_tokens=mutual_choice_tokens or 0
+        )
         require_not_negative(zipf_exponent=zipf_exponent or 0.0, zipf_offset=zipf_offset or 0.0)
+        if not 0 <= mutual_choice_share <= 1:
+            raise UsageError(
+                f"mutual_choice_share={mutual_choice_share} must be a share of the run, 0 to 1; "
+                "mutual_choice_tokens is a number of tokens"
+            )
         if not k / n_features <= max_density <= 1:
             raise UsageError(
                 f"max_density={max_density} is out of range: as a share of tokens it is at most 1, "
                 f"and k={k} matches need at least k / n_features = {k / n_features:.3g}"
             )
-        super().__init__(
-            d_model,
-            n_features,
-            aux_coefficient=aux_coefficient,
-            dying_below=dying_below,
-            k_aux=k_aux,
-            aux_every=aux_every,
-            dead_after_tokens=dead_after_tokens,
-            importance=importance,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-        )
-        require_k(k, n_features)
-        require_choice(scope=scope, of=get_args(Scope))
-        self.k = k
-        self.scope = scope
+        super().__init__(d_model, n_features, k, **options)
         self.budgets = budgets
-        self.mutual_choice_for = mutual_choice_for
+        self.mutual_choice_share = mutual_choice_share
+        self.mutual_choice_tokens = mutual_choice_tokens
         self.zipf_exponent = zipf_exponent
         self.zipf_offset = zipf_offset
         self.min_matches = min_matches
         self.max_density = max_density
         self.start_from = start_from
-        self.register_threshold(n_features)
         self.register_buffer("choosing", torch.tensor(False))
         self.register_buffer("target_density", torch.zeros(n_features, dtype=torch.float32))
 
     def setup(self, stage: str) -> None:
         """Load the dictionary to start from, unless the run is resumed."""
         if stage == "fit" and self.start_from is not None and self.trainer.ckpt_path is None:
-            self.load_dictionary(self.start_from)
+            try:
+                self.take_over(read_checkpoint(self.start_from)["state_dict"])
+            except UsageError as error:
+                raise UsageError(f"start_from={self.start_from}: {error}") from None
 
-    def choose(self, scores: Scores) -> Matches:
-        """Match by mutual choice at first, later every feature with its budget of tokens.
+    def prepare(self, x: Tensor) -> None:
+        """Let features choose from this batch on, if the first phase is over.
 
         Raises:
-            ValueError: If the batch is too small for `min_matches`, or `mutual_choice_for` is a
-                share of a run of no set length.
+            ValueError: If the batch is too small for `min_matches`.
         """
-        tokens = self.batch_tokens(scores)
-        if not self.choosing and self._first_phase_is_over():
-            self.begin_feature_choice(tokens)
+        super().prepare(x)
         if not self.choosing:
+            tokens = self.batch_tokens(x)
             self._require_enough(tokens)
+            if self._first_phase_is_over():
+                self.begin_feature_choice(tokens)
+
+    def choose(self, scores: Scores) -> Choice:
+        """Match by mutual choice at first, later every feature with its budget of tokens."""
+        if not self.choosing:
             return self.choose_by_batch(scores)
+        tokens = self.batch_tokens(scores)
         # The same on every rank, and again after a resumption: tokens_seen is both.
-        budgets = round_budgets(self.budgets_for(tokens), seed=int(self.tokens_seen))
-        budgets = budgets.clamp(max=tokens).to(scores.device)
-        choice = feature_choice_counting(
-            scores, budgets, self.threshold, ranks=self.ranks_that_choose()
+        seed = int(self.history.tokens_seen)
+        budgets = round_budgets(self.budgets_for(tokens), seed=seed).clamp(max=tokens)
+        return feature_choice_counting(
+            scores, budgets.to(scores.device), self.threshold, ranks=self.choosing_ranks
         )
-        self._passing = cast(Tensor, choice.passing)
-        return choice.matches
 
     def budgets_for(self, tokens: int) -> Tensor:
         """Return each feature's budget in a batch of so many tokens, once features choose.
@@ -203,7 +175,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             maximum=max(self.max_density * tokens, self.min_matches),
         )
         # Where no density was measured all are equal, and features keep the order they are in.
-        order = self.density.argsort(descending=True, stable=True)
+        order = self.history.density.argsort(descending=True, stable=True)
         self.target_density[order] = (by_rank / tokens).to(self.target_density)
         self.choosing.fill_(True)
 
@@ -211,9 +183,9 @@ class FeatureChoiceSAE(ThresholdSAE):
         """Return exponent and offset of the budgets: as given, else as fitted, else a guess."""
         exponent, offset = 1.0, self.n_features / 1000
         given = (self.zipf_exponent, self.zipf_offset)
-        if None in given and self.density.any():
+        if None in given and self.history.density.any():
             try:
-                fit = fit_zipf(self.density, min(int(self.tokens_seen), self.dead_after_tokens))
+                fit = fit_zipf(self.history.density, self.history.window)
                 exponent, offset = fit.exponent, fit.offset
                 rank_zero_info(
                     f"Features choose from now on: budgets follow (rank + {offset:.4g})^"
@@ -228,22 +200,16 @@ class FeatureChoiceSAE(ThresholdSAE):
         )
 
     def _first_phase_is_over(self) -> bool:
-        if self.mutual_choice_for == 0:
-            return True
-        if self.mutual_choice_for > 1:
-            return int(self.tokens_seen) >= self.mutual_choice_for
-        steps = self.trainer.estimated_stepping_batches if self._trainer else math.inf
-        if steps == math.inf:
-            raise UsageError(
-                f"mutual_choice_for={self.mutual_choice_for} is a share of a run, and this one has "
-                "no set number of steps: set trainer.max_steps, or give a number of tokens"
-            )
-        return self.trainer.global_step >= self.mutual_choice_for * steps
+        tokens, over = self.mutual_choice_tokens, None
+        if tokens is None and self.mutual_choice_share > 0:
+            over = self.share_is_over(self.mutual_choice_share)
+            tokens = self.history.dead_after_tokens  # if nobody knows
+        return int(self.history.tokens_seen) >= (tokens or 0) if over is None else over
 
     def _require_enough(self, tokens: int) -> None:
         total = self.k * tokens
         if self.budgets == "zipf" and total < self.min_matches * self.n_features:
-            batches = world_size() if self.scope == "local" else 1
+            batches = self.layout.ranks.size if self.scope == "local" else 1
             needed = math.ceil(self.min_matches * self.n_features / self.k) * batches
             raise UsageError(
                 f"k={self.k} matches for each of {tokens} tokens cannot give each of "
@@ -251,18 +217,19 @@ class FeatureChoiceSAE(ThresholdSAE):
                 f"batch_size={needed} or min_matches={total / self.n_features:.3g} can"
             )
 
-    def observe(self, scores: Scores, chosen: Matches) -> None:
+    def observe(self, scores: Scores, choice: Choice) -> None:
         """Move each threshold towards the one that as many tokens pass as the budget allows."""
-        if not self.choosing:
-            super().observe(scores, chosen)
+        ranks = self.layout.ranks
+        if not self.choosing or choice.passing is None:
+            super().observe(scores, choice)
             return
-        budgets = self.budgets_for(length_over_ranks(scores)).to(self.threshold)
+        budgets = self.budgets_for(ranks.count(scores, scores.device)).to(self.threshold)
         if self.threshold.isnan().any():  # features choose from the start
-            self.threshold.copy_(_midpoints(scores, budgets))
+            self.threshold.copy_(self._midpoints(scores, budgets))
             return
         # In proportion, because scores have no unit of their own. An average over the batches in
         # which a feature had a match, say, would let one with less than one a batch fire too often.
-        passing = sum_over_ranks(self._passing)
+        passing = ranks.all_reduce(choice.passing)
         excess = ((passing - budgets) / budgets.clamp_min(1)).clamp(-1, 1)
         self.threshold.mul_((self.tracking * excess).exp()).clamp_min_(_LEAST)
 
@@ -270,10 +237,11 @@ class FeatureChoiceSAE(ThresholdSAE):
         """Return the thresholds that give every feature its budget on these tokens."""
         if not self.choosing:
             return super().calibrated(scaled)
-        return _midpoints(self.scores(scaled), self.budgets_for(length_over_ranks(scaled)))
+        budgets = self.budgets_for(self.layout.ranks.count(scaled, scaled.device))
+        return self._midpoints(self.scores(scaled), budgets)
 
-
-def _midpoints(scores: Scores, budgets: Tensor) -> Tensor:
-    """Return thresholds (n_features,) that give each feature its budget, rounded, on all ranks."""
-    counts = budgets.round().long().clamp(max=length_over_ranks(scores)).to(scores.device)
-    return midpoint_thresholds(scores, counts, ranks=Ranks(rank_group()))
+    def _midpoints(self, scores: Scores, budgets: Tensor) -> Tensor:
+        """Return thresholds (n_features,) that give each its budget, rounded, on all ranks."""
+        ranks = self.layout.ranks
+        counts = budgets.round().long().clamp(max=ranks.count(scores, scores.device))
+        return midpoint_thresholds(scores, counts.to(scores.device), ranks=ranks)

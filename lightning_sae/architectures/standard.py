@@ -2,17 +2,16 @@
 https://transformer-circuits.pub/2023/monosemantic-features.
 """  # noqa: D205 - the link is the summary's end
 
-from collections.abc import Callable, Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Matches, Scores, threshold_choice
+from lightning_sae.allocation import Choice, threshold_choice
 from lightning_sae.checks import require_not_negative
 from lightning_sae.core.losses import sparsity_loss
+from lightning_sae.matches import Matches
 from lightning_sae.sae import SparseAutoencoder
+from lightning_sae.selection import Scores
 
 
 class StandardSAE(SparseAutoencoder):
@@ -34,17 +33,9 @@ class StandardSAE(SparseAutoencoder):
             token has a mean squared length of d_model.
         l1_warmup_tokens: Tokens over which the weight rises linearly from zero.
         aux_coefficient: Weight of a loss that revives dead features; the source has none.
-        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
-            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
-            Default: d_model / 2.
-        aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
-            Tokens should come shuffled.
         dead_after_tokens: Tokens without a match after which a feature counts as dead. Bricken et
             al.: 12,500 steps of 8,192 tokens.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
-            decay to zero over the run.
+        options: Those of `lightning_sae.SparseAutoencoder`.
 
     Raises:
         ValueError: If a size is out of range.
@@ -58,39 +49,31 @@ class StandardSAE(SparseAutoencoder):
         *,
         l1_warmup_tokens: int = 0,
         aux_coefficient: float = 0.0,
-        dying_below: float = 0.0,
-        k_aux: int | None = None,
-        aux_every: int = 1,
         dead_after_tokens: int = 102_400_000,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
-        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        **options: Any,
     ) -> None:
         require_not_negative(l1_coefficient=l1_coefficient, l1_warmup_tokens=l1_warmup_tokens)
         super().__init__(
             d_model,
             n_features,
             aux_coefficient=aux_coefficient,
-            dying_below=dying_below,
-            k_aux=k_aux,
-            aux_every=aux_every,
             dead_after_tokens=dead_after_tokens,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
+            **options,
         )
         self.l1_coefficient = l1_coefficient
         self.l1_warmup_tokens = l1_warmup_tokens
 
-    def choose(self, scores: Scores) -> Matches:
+    def choose(self, scores: Scores) -> Choice:
         """Match every pair of positive affinity."""
+        return Choice(self.choose_per_token(scores))
+
+    def choose_per_token(self, scores: Scores) -> Matches:
+        """Match as in training: a token's matches do not depend on the other tokens."""
         return threshold_choice(scores, 0.0)
 
-    def choose_alone(self, scores: Scores) -> Matches:
-        """Match as in training: a token's matches do not depend on the other tokens."""
-        return self.choose(scores)
-
-    def penalties(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
+    def extra_losses(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the L1 penalty, and the loss that revives features if there is one."""
-        warm = (self.tokens_seen / max(1, self.l1_warmup_tokens)).clamp(max=1.0)
+        warm = (self.history.tokens_seen / max(1, self.l1_warmup_tokens)).clamp(max=1.0)
         coefficient = self.l1_coefficient * (warm if self.l1_warmup_tokens else 1.0)
         sparsity = {"sparsity_loss": coefficient * sparsity_loss(matches, self.d_model)}
-        return sparsity | super().penalties(scaled, matches, error)
+        return sparsity | super().extra_losses(scaled, matches, error)

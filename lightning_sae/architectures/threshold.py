@@ -4,22 +4,17 @@ Source of the idea: Bussmann et al. 2024 (BatchTopK, arXiv 2412.06410), who aver
 chosen activation. How Ayonrinde 2024 evaluates without a batch is not known to us.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_sae.allocation import Matches, Scores, mutual_choice, threshold_choice
-from lightning_sae.checks import UsageError
-from lightning_sae.parallel.legacy import (
-    gather_over_ranks,
-    length_over_ranks,
-    mean_over_ranks,
-    min_over_ranks,
-    rank_group,
-)
-from lightning_sae.parallel.ranks import Ranks
+from lightning_sae.allocation import Choice, Importance, mutual_choice, threshold_choice
+from lightning_sae.checks import UsageError, require_choice, require_k
+from lightning_sae.matches import Matches
+from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
+from lightning_sae.selection import Scores
 
 Scope = Literal["global", "local"]
 """Which tokens are chosen from together, under data parallelism:
@@ -31,32 +26,67 @@ Scope = Literal["global", "local"]
 
 
 class ThresholdSAE(SparseAutoencoder):
-    """An architecture that trains on the batch and evaluates each token against thresholds.
+    """An architecture that trains on the batch and encodes each token by thresholds.
+
+    Args:
+        d_model: Width of the activations.
+        n_features: Size of the dictionary.
+        k: Expected matches per token, 1 to n_features.
+        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
+            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
+        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
+        scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has
+            its own: `lightning_sae.architectures.threshold.Scope`.
+        options: Those of `lightning_sae.SparseAutoencoder`.
 
     Attributes:
         averaging: Weight of the past, a batch, in the running average. The threshold falls while
             dictionaries improve, and a long average lags behind it: it would fire too rarely.
         threshold: Running average of what each training batch was cut at, float32, NaN until the
-            first one. In the units of the scores: those of scaled activations, for affinities.
-        k: Expected matches per token.
-        scope: Which tokens are chosen from together.
+            first one: 0-d, or one a feature. In the units of the scores: those of scaled
+            activations for affinities, none for `token_norm`.
+
+    Raises:
+        ValueError: If a setting is out of range.
     """
 
     averaging = 0.9
-    k: int
-    scope: Scope
+    threshold_per_feature: ClassVar[bool] = False
     threshold: Tensor
     _cuts: tuple[float, float] | None = None  # what the last two batches were cut at
 
-    def register_threshold(self, *shape: int) -> None:
-        """Add the buffer: one threshold, or with n_features as the shape one a feature."""
+    def __init__(
+        self,
+        d_model: int,
+        n_features: int,
+        k: int,
+        *,
+        dying_below: float = 0.75,
+        importance: Importance = "affinity",
+        scope: Scope = "global",
+        **options: Any,
+    ) -> None:
+        super().__init__(d_model, n_features, dying_below=dying_below, **options)
+        require_k(k, n_features)
+        require_choice(importance=importance, of=get_args(Importance))
+        require_choice(scope=scope, of=get_args(Scope))
+        self.k = k
+        self.importance = importance
+        self.scope = scope
+        shape = (n_features,) if self.threshold_per_feature else ()
         self.register_buffer("threshold", torch.full(shape, torch.nan, dtype=torch.float32))
 
-    def batch_tokens(self, scores: Scores) -> int:
-        """Return how many tokens are chosen from together: those of all ranks, or of this one."""
-        return len(scores) if self.scope == "local" else length_over_ranks(scores)
+    @property
+    def choosing_ranks(self) -> Ranks | None:
+        """The ranks whose tokens are chosen from together; None where each chooses by itself."""
+        return None if self.scope == "local" else self.layout.ranks
 
-    def choose_by_batch(self, scores: Scores) -> Matches:
+    def batch_tokens(self, rows: Scores | Tensor) -> int:
+        """Return how many tokens are chosen from together: those of all ranks, or of this one."""
+        ranks = self.choosing_ranks
+        return len(rows) if ranks is None else ranks.count(rows, rows.device)
+
+    def choose_by_batch(self, scores: Scores) -> Choice:
         """Match the k * tokens pairs of largest score among all that are chosen from together."""
         guess = None
         if self._cuts is not None:
@@ -64,21 +94,17 @@ class ThresholdSAE(SparseAutoencoder):
             before, last = self._cuts
             margin = min(2 * abs(last - before) + 0.03 * last, 0.2 * last)
             guess = last - margin if last > 0 else None
-        return mutual_choice(
-            scores, self.k * self.batch_tokens(scores), guess, ranks=self.ranks_that_choose()
-        )
-
-    def ranks_that_choose(self) -> Ranks | None:
-        """Return the processes whose tokens are chosen from together; None for this one alone."""
-        return None if self.scope == "local" else Ranks(rank_group())
+        budget = self.k * self.batch_tokens(scores)
+        return Choice(mutual_choice(scores, budget, guess, ranks=self.choosing_ranks))
 
     def batch_threshold(self, chosen: Matches) -> Tensor:
         """Return the smallest chosen score of a batch, 0-d; zero if nothing was positive."""
+        ranks = self.layout.ranks
         smallest = chosen.value.min() if len(chosen) else chosen.value.new_tensor(torch.inf)
         if self.scope == "global":
-            smallest = min_over_ranks(smallest)
+            smallest = ranks.all_reduce(smallest, "min")
         smallest = smallest.where(smallest.isfinite(), 0)
-        return smallest if self.scope == "global" else mean_over_ranks(smallest)
+        return smallest if self.scope == "global" else ranks.mean(smallest)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -102,37 +128,39 @@ class ThresholdSAE(SparseAutoencoder):
 
         By default the midpoint of the last chosen and first rejected score of all pairs, 0-d.
         """
-        budget = self.k * length_over_ranks(scaled)
-        everything = length_over_ranks(scaled) * self.n_features
+        ranks = self.layout.ranks
+        tokens = ranks.count(scaled, scaled.device)
+        budget, everything = self.k * tokens, tokens * self.n_features
         guess = 0.9 * float(self.threshold.mean())  # NaN before the first batch
         # One more than the budget: the first that is rejected.
         chosen = mutual_choice(
             self.scores(scaled),
             min(budget + 1, everything),
             guess if guess > 0 else None,
-            ranks=Ranks(rank_group()),
+            ranks=ranks,
         )
         smallest = chosen.value.sort().values[:2]
-        last_two = torch.cat(gather_over_ranks(smallest)).sort().values[:2]
-        if length_over_ranks(chosen.token) > budget:
+        last_two = torch.cat(ranks.all_gather(smallest)).sort().values[:2]
+        if ranks.count(chosen.token, scaled.device) > budget:
             return last_two.mean()
         return last_two[:1].sum() / 2  # nothing positive was rejected
 
-    def choose_alone(self, scores: Scores) -> Matches:
+    def choose_per_token(self, scores: Scores) -> Matches:
         """Match every pair whose score is above the threshold.
 
         Raises:
-            RuntimeError: If no training batch has set the threshold.
+            ValueError: If no training batch has set the threshold.
         """
         if self.threshold.isnan().any():
-            raise RuntimeError(
+            raise UsageError(
                 f"threshold of {type(self).__name__} is not calibrated: "
-                "train on at least one batch, or load a trained checkpoint, before eval()"
+                "train on at least one batch, or load a trained checkpoint, before inference"
             )
         return threshold_choice(scores, self.threshold)
 
-    def observe(self, scores: Scores, chosen: Matches) -> None:
+    def observe(self, scores: Scores, choice: Choice) -> None:
         """Move the threshold towards what this batch was cut at."""
+        chosen = choice.matches
         seen = self.batch_threshold(chosen).float()
         own = self.scope == "local" and len(chosen) > 0
         last = float(chosen.value.min() if own else seen)

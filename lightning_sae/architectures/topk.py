@@ -1,16 +1,15 @@
 """TopK: Gao et al. 2024, https://arxiv.org/abs/2406.04093."""
 
-from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sae.allocation import Importance, Matches, Scores, token_choice
-from lightning_sae.checks import UsageError, require_k, require_not_negative
+from lightning_sae.allocation import Choice, Importance, token_choice
+from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
 from lightning_sae.core.losses import reconstruction_loss
+from lightning_sae.matches import Matches
 from lightning_sae.sae import SparseAutoencoder
+from lightning_sae.selection import Scores
 
 
 class TopKSAE(SparseAutoencoder):
@@ -27,21 +26,11 @@ class TopKSAE(SparseAutoencoder):
         d_model: Width of the activations.
         n_features: Size of the dictionary.
         k: Matches per token, 1 to n_features; fewer where fewer affinities are positive.
-        aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
-        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
-            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
-            Default: d_model / 2.
-        aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
-            Tokens should come shuffled.
         multi_k_coefficient: Weight of a second reconstruction, with `multi_k` matches per token.
         multi_k: Matches per token in it, 1 to n_features. Default: 4 k. They do not count as
             firing.
-        dead_after_tokens: Tokens without a match after which a feature counts as dead.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
-            decay to zero over the run.
+        options: Those of `lightning_sae.SparseAutoencoder`.
 
     Raises:
         ValueError: If a size is out of range.
@@ -53,29 +42,13 @@ class TopKSAE(SparseAutoencoder):
         n_features: int,
         k: int,
         *,
-        aux_coefficient: float = 1 / 32,
-        dying_below: float = 0.0,
-        k_aux: int | None = None,
-        aux_every: int = 1,
         multi_k_coefficient: float = 0.0,
         multi_k: int | None = None,
-        dead_after_tokens: int = 10_000_000,
         importance: Importance = "affinity",
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam,
-        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            d_model,
-            n_features,
-            aux_coefficient=aux_coefficient,
-            dying_below=dying_below,
-            k_aux=k_aux,
-            aux_every=aux_every,
-            dead_after_tokens=dead_after_tokens,
-            importance=importance,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-        )
+        super().__init__(d_model, n_features, **options)
+        require_choice(importance=importance, of=get_args(Importance))
         require_k(k, n_features)
         require_not_negative(multi_k_coefficient=multi_k_coefficient)
         multi_k = multi_k if multi_k is not None else 4 * k
@@ -84,22 +57,23 @@ class TopKSAE(SparseAutoencoder):
                 f"multi_k={multi_k} is out of range: it must be 1 to n_features={n_features}"
             )
         self.k = k
+        self.importance = importance
         self.multi_k_coefficient = multi_k_coefficient
         self.multi_k = multi_k
 
-    def choose(self, scores: Scores) -> Matches:
+    def choose(self, scores: Scores) -> Choice:
         """Match every token with its k features of largest score."""
+        return Choice(self.choose_per_token(scores))
+
+    def choose_per_token(self, scores: Scores) -> Matches:
+        """Match as in training: a token's choice does not depend on the other tokens."""
         return token_choice(scores, self.k)
 
-    def choose_alone(self, scores: Scores) -> Matches:
-        """Match as in training: a token's choice does not depend on the other tokens."""
-        return self.choose(scores)
-
-    def penalties(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
+    def extra_losses(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the AuxK loss, and that of the reconstruction with more matches."""
-        penalties = super().penalties(scaled, matches, error)
+        losses = super().extra_losses(scaled, matches, error)
         if self.multi_k_coefficient == 0:
-            return penalties
+            return losses
         chosen = token_choice(self.scores(scaled), self.multi_k)
         loss = reconstruction_loss(scaled - self.reconstruct(self.matches_of(scaled, chosen)))
-        return penalties | {"multi_k_loss": self.multi_k_coefficient * loss}
+        return losses | {"multi_k_loss": self.multi_k_coefficient * loss}

@@ -7,10 +7,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import require_positive
+from lightning_sae.data.batches import activations_in
 from lightning_sae.parallel import ranks_of
-from lightning_sae.sae import activations_in
 
 
 class CalibrateThresholds(Callback):
@@ -21,8 +20,8 @@ class CalibrateThresholds(Callback):
     tokens, about ten documents, Feature Choice fired 15 % too often on others, and not 1 % by the
     thresholds of training. So this is for validation data of many documents.
 
-    It needs a set number of steps and validation data; without them, and for architectures that
-    have no threshold, it does nothing.
+    It needs a set number of steps, validation data, and a module with a method
+    `calibrate(activations)`, as architectures with thresholds have; else it does nothing.
 
     Args:
         tokens: Tokens to calibrate on, over all devices, in whole batches, or all if there are
@@ -45,7 +44,8 @@ class CalibrateThresholds(Callback):
         batch_idx: int,
     ) -> None:
         """Calibrate after the last step, and before ModelCheckpoint, which Lightning puts last."""
-        if not isinstance(pl_module, ThresholdSAE) or trainer.global_step != trainer.max_steps:
+        calibrate = getattr(pl_module, "calibrate", None)
+        if calibrate is None or trainer.global_step != trainer.max_steps:
             return
         loaders: Any = trainer.val_dataloaders or ()
         x: list[Tensor] = []
@@ -54,4 +54,4 @@ class CalibrateThresholds(Callback):
             if sum(map(len, x)) * ranks_of(trainer).size >= self.tokens:
                 break
         if x:
-            pl_module.calibrate(torch.cat(x))
+            calibrate(torch.cat(x))

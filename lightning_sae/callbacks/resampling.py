@@ -14,14 +14,19 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightning_sae.checks import UsageError, require_positive
-from lightning_sae.numerics import wide
-from lightning_sae.parallel import Ranks, ranks_of
-from lightning_sae.parallel.share import local
-from lightning_sae.sae import SparseAutoencoder, activations_in
+from lightning_sae.data.batches import activations_in
+from lightning_sae.parallel import Ranks, local, ranks_of, wide_rows
+from lightning_sae.sae import SparseAutoencoder
 
 ENCODER_NORM = 0.2  # of a new feature, relative to the mean of those alive (the source's)
-_OF_FEATURES = {"W_dec", "encoder.weight", "encoder.bias", "tokens_since_fired", "density"}
-_OF_DIMENSIONS = {"b_dec", "input_mean"}  # as long as those if n_features is d_model
+_OF_FEATURES = {
+    "decoder.weight",
+    "encoder.weight",
+    "encoder.bias",
+    "history.tokens_since_fired",
+    "history.density",
+}
+_OF_DIMENSIONS = {"decoder.bias", "input_mean"}  # as long as those if n_features is d_model
 
 
 class ResampleDeadFeatures(Callback):
@@ -100,7 +105,7 @@ class ResampleDeadFeatures(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw inputs from the batch, or resample, when it is time to."""
-        every = self.every_tokens or 2 * pl_module.dead_after_tokens
+        every = self.every_tokens or 2 * pl_module.history.dead_after_tokens
         due = (self._tokens // every + 1) * every
         if due > self.times * every:
             return
@@ -111,7 +116,7 @@ class ResampleDeadFeatures(Callback):
             return  # gradients are being accumulated, and belong to the features as they are
         self._step, self._tokens = trainer.global_step, tokens
         if tokens >= due:
-            dead = pl_module.dead_features_mask().nonzero().squeeze(1)
+            dead = pl_module.history.dead().nonzero().squeeze(1)
             inputs = self._sample.rows[: len(dead)]
             renew(pl_module, dead[: len(inputs)], inputs, trainer.optimizers)
             self._sample = WeightedSample()
@@ -204,16 +209,17 @@ def renew(
     """
     if len(features) == 0:
         return
-    norms = module.share.everyones(wide(module.encoder.weight).norm(dim=1))
-    alive = ~module.dead_features_mask()
+    weight, origin = wide_rows(module.encoder.weight, module.decoder.bias)
+    norms = module.layout.share.everyones(weight.norm(dim=1))
+    alive = ~module.history.dead()
     norm = norms[alive].mean() if bool(alive.any()) else norms.mean()
-    directions = functional.normalize(inputs - wide(module.b_dec), dim=1)
-    module.tokens_since_fired[features] = 0
-    module.density[features] = 0
-    here = module.share.here
+    directions = functional.normalize(inputs - origin, dim=1)
+    module.history.tokens_since_fired[features] = 0
+    module.history.density[features] = 0
+    here = module.layout.share.here
     mine = (features >= here.start) & (features < here.stop)
     features, directions = features[mine] - here.start, directions[mine]
-    decoder, encoder, bias = module.W_dec, module.encoder.weight, module.encoder.bias
+    decoder, encoder, bias = module.decoder.weight, module.encoder.weight, module.encoder.bias
     local(decoder)[features] = directions.to(decoder.dtype)
     local(encoder)[features] = (ENCODER_NORM * norm * directions).to(encoder.dtype)
     local(bias)[features] = 0

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 import lightning_sae
 from lightning_sae import SparseAutoencoder
 from lightning_sae.callbacks import FiniteWeights, StopOnSignal
-from lightning_sae.checkpoint_format import is_sae
+from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line_errors, refusals
@@ -193,6 +193,11 @@ class SparseAutoencoderCLI(LightningCLI):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             # It reads files by itself, and loads what it can before anyone may object.
             require_intact(path)
+            if format_of(found) < FORMAT:
+                raise UsageError(
+                    f"ckpt_path={path} has an earlier format, which one device can read, and not "
+                    "several that share out the features: resume it on one, which saves it anew"
+                )
             self.model.on_load_checkpoint(found)
 
     @contextmanager

@@ -8,6 +8,7 @@ from lightning_sae.metrics.fraction_of_variance_unexplained import FractionOfVar
 from lightning_sae.metrics.l0 import L0, L0StandardDeviation
 from lightning_sae.metrics.loss_recovered import LossRecovered, loss_recovered
 from lightning_sae.metrics.next_token_losses import next_token_losses
+from lightning_sae.metrics.tokens import TokenCount
 from lightning_sae.metrics.zipf import ZipfStatistics, zipf_statistics
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FractionOfVarianceUnexplained",
     "L0StandardDeviation",
     "LossRecovered",
+    "TokenCount",
     "TotalsMetric",
     "ZipfStatistics",
     "loss_recovered",

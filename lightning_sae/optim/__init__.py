@@ -1,4 +1,4 @@
-"""What the optimizer of a large dictionary needs."""
+"""What the optimizer of a large dictionary needs, and what the Trainer's hooks do with it."""
 
 from lightning_sae.optim.chunked_adam import ChunkedAdam
 

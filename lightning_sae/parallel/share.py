@@ -14,6 +14,7 @@ Parameters are torch's DTensors, which optimizers, gradient clipping and checkpo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,16 +84,15 @@ class Share:
         total: Tensor = parts.redistribute(placements=[Replicate()]).to_local()
         return total
 
-    def fan_out(self, tensor: Tensor) -> Tensor:
-        """Return a tensor that is the same everywhere, to be read by the features of each process.
+    def fan_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return tensors that are the same everywhere, to be read by the features of each process.
 
-        Its gradient is the sum of those that it gets from all processes.
+        Their gradients are the sums of those that they get from all processes.
         """
         if self.mesh is None:
-            return tensor
-        same = DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
-        read: Tensor = same.to_local(grad_placements=[Partial()])
-        return read
+            return tensors
+        same = (DTensor.from_local(t, self.mesh, [Replicate()], run_check=False) for t in tensors)
+        return tuple(tensor.to_local(grad_placements=[Partial()]) for tensor in same)
 
     def own(self, matches: Matches) -> Matches:
         """Return the matches of the features here, which are numbered from 0."""
@@ -151,14 +151,7 @@ def distribute(module: nn.Module, share: Share, replicated: frozenset[str]) -> N
         rows = parameter.detach()
         if name not in replicated:
             rows = rows[share.here].clone()
-        distributed = DTensor.from_local(
-            rows,
-            share.mesh,
-            [placement],
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        distributed = _from_local(rows, share.mesh, [placement], parameter)
         shard = nn.Parameter(distributed, requires_grad=parameter.requires_grad)
         setattr(module.get_submodule(owner), attribute, shard)
 
@@ -168,16 +161,23 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def add_shards(values: Tensor, parameter: Tensor) -> Tensor:
-    """Return values (n,) from this process's rows of a parameter, or what they sum to over all.
+def wide_rows(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """Return this process's rows of parameters in float32, or in float64 if that is their dtype."""
+    return tuple(
+        rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in map(local, parameters)
+    )
 
-    Returns:
-        The values, or, if the parameter is distributed, their sum over all its rows, shape (1,).
-    """
-    if not isinstance(parameter, DTensor):
-        return values
-    own = values.sum(0, keepdim=True)
-    placement = Partial() if parameter.placements[0].is_shard() else Replicate()
-    mesh = parameter.device_mesh
-    total: Tensor = DTensor.from_local(own, mesh, [placement], run_check=False).full_tensor()
-    return total
+
+def distributed_like(other: Tensor, rows: Tensor) -> Tensor:
+    """Return the tensor that is distributed as another one, and of which these rows are here."""
+    if not isinstance(other, DTensor):
+        return rows
+    return _from_local(rows, other.device_mesh, other.placements, other)
+
+
+def _from_local(
+    rows: Tensor, mesh: DeviceMesh | None, placements: Sequence[Placement], like: Tensor
+) -> Tensor:
+    return DTensor.from_local(
+        rows, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

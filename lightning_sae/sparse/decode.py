@@ -8,13 +8,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightning_sae.matches import Matches
-from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
+from lightning_sae.sparse.row_gradient import gradient_of
+from lightning_sae.sparse.row_sums import RowSums
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
 
-def sum_directions(
-    matches: Matches, dictionary: Tensor, parts: list[RowGradient] | None = None
-) -> Tensor:
+def sum_directions(matches: Matches, dictionary: Tensor, *, in_parts: bool = False) -> Tensor:
     """Add up, for each token, the directions of its matches, weighted by their values.
 
     Equal to `matches.to_dense() @ normalize(dictionary)`, also in its gradients, without any tensor
@@ -25,7 +24,7 @@ def sum_directions(
     Args:
         matches: The matches, sorted by token.
         dictionary: One row a feature, of any norm, shape (features, d_model).
-        parts: Where to leave the gradient of the dictionary, which is then not given to autograd.
+        in_parts: Whether the gradient of the dictionary may be a `RowGradient`.
 
     Returns:
         Shape (tokens, d_model), the dtype of `dictionary`.
@@ -37,13 +36,13 @@ def sum_directions(
         tensor([[1., 2.]])
     """
     values = matches.value.to(dictionary.dtype)
-    if is_dense(matches) and parts is None:
+    if is_dense(matches):
         return matches.to_dense(values) @ functional.normalize(dictionary, dim=1)
     # The least norm is that of `normalize`.
     norms = torch.linalg.vector_norm(dictionary.detach(), dim=1).clamp_min(1e-12)
     weights = values / norms[matches.feature]
     out = sum_rows(dictionary, matches.token, matches.feature, weights, matches.shape[0])
-    return _WithDictionaryGradient.apply(out, dictionary, matches, weights.detach(), parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
+    return _WithDictionaryGradient.apply(out, dictionary, matches, weights.detach(), in_parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
 
 
 class _WithDictionaryGradient(torch.autograd.Function):
@@ -59,9 +58,9 @@ class _WithDictionaryGradient(torch.autograd.Function):
         dictionary: Tensor,
         matches: Matches,
         weights: Tensor,
-        parts: list[RowGradient] | None,
+        in_parts: bool,
     ) -> Tensor:
-        ctx.matches, ctx.parts = matches, parts
+        ctx.matches, ctx.in_parts = matches, in_parts
         ctx.save_for_backward(dictionary, weights)
         return out.view_as(out)
 
@@ -71,7 +70,7 @@ class _WithDictionaryGradient(torch.autograd.Function):
         dictionary, weights = ctx.saved_tensors
         to_dictionary = None
         if ctx.needs_input_grad[1]:
-            rows = dictionary.detach()  # a part must not hold the graph that holds it
-            gradient = RowGradient.of(grad, weights, ctx.matches, along=rows)
-            to_dictionary = leave_or_give(gradient, ctx.parts)
+            rows = dictionary.detach()  # a gradient must not hold the graph that holds it
+            sums = RowSums.of(grad, weights, ctx.matches, along=rows)
+            to_dictionary = gradient_of(sums, in_parts=ctx.in_parts)
         return grad, to_dictionary, None, None, None

@@ -11,7 +11,8 @@ from lightning_sae.kernels import block_maxima, has_kernel, pairs_above
 from lightning_sae.matches import Matches, Pairs
 from lightning_sae.parallel.share import Share
 from lightning_sae.selection import Scores, Search
-from lightning_sae.sparse.row_gradient import RowGradient, leave_or_give
+from lightning_sae.sparse.row_gradient import gradient_of
+from lightning_sae.sparse.row_sums import RowSums
 from lightning_sae.sparse.rows import is_dense, sum_rows
 
 
@@ -103,7 +104,8 @@ def matched_affinities(
     weight: Tensor,
     bias: Tensor,
     matches: Matches,
-    parts: list[RowGradient] | None = None,
+    *,
+    in_parts: bool = False,
 ) -> Tensor:
     """Return the affinities of matches, known already, with the gradient of the encoder.
 
@@ -117,7 +119,7 @@ def matched_affinities(
         weight: One row a feature, shape (features, d_model).
         bias: Shape (features,).
         matches: Pairs and their affinities, sorted by token.
-        parts: Where to leave the gradient of the weight, which is then not given to autograd.
+        in_parts: Whether the gradient of the weight may be a `RowGradient`.
 
     Returns:
         Shape (matches,), equal to `matches.value`.
@@ -131,7 +133,7 @@ def matched_affinities(
         tensor([[0., 0.],
                 [5., 3.]])
     """
-    return _MatchedAffinities.apply(x, origin, weight, bias, matches, parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
+    return _MatchedAffinities.apply(x, origin, weight, bias, matches, in_parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
 
 
 class _MatchedAffinities(torch.autograd.Function):
@@ -143,9 +145,9 @@ class _MatchedAffinities(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         matches: Matches,
-        parts: list[RowGradient] | None,
+        in_parts: bool,
     ) -> Tensor:
-        ctx.matches, ctx.parts = matches, parts
+        ctx.matches, ctx.in_parts = matches, in_parts
         ctx.save_for_backward(x, origin, weight)
         return matches.value.detach().clone()
 
@@ -160,7 +162,7 @@ class _MatchedAffinities(torch.autograd.Function):
         # Each match's gradient flows to the origin along its feature's row: add up per feature.
         to_origin = -(to_bias @ weight)
         to_x = None
-        if is_dense(matches) and ctx.parts is None:
+        if is_dense(matches):
             dense = matches.to_dense(grad)
             if ctx.needs_input_grad[0]:
                 to_x = dense @ weight
@@ -169,5 +171,6 @@ class _MatchedAffinities(torch.autograd.Function):
             to_x = sum_rows(weight, matches.token, matches.feature, grad, tokens)
         to_weight = None
         if ctx.needs_input_grad[2]:
-            to_weight = leave_or_give(RowGradient.of(x - origin, grad, matches), ctx.parts)
+            sums = RowSums.of(x - origin, grad, matches)
+            to_weight = gradient_of(sums, in_parts=ctx.in_parts)
         return to_x, to_origin, to_weight, to_bias, None, None

@@ -1,192 +1,244 @@
 """The gradient of a matrix with one row a feature, without the memory that it would take."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map  # private in name: torch's docs on subclasses use it
 
-from lightning_sae.matches import Matches
-from lightning_sae.sparse.rows import sum_segments
+from lightning_sae.parallel.share import distributed_like, local
+from lightning_sae.sparse.row_sums import RowSums, rows_at_a_time
 
-_PARTS = "gradient_parts"  # attribute of a parameter
-_ROWS = 1024  # few enough to stay in a CPU's cache
-_ROWS_ON_GPU = 1 << 16  # 200 MB at a width of 768: enough to keep it busy
+__all__ = ["GradientForm", "RowGradient", "gradient_of"]
+
+aten = torch.ops.aten
 
 
 @dataclass
-class RowGradient:
-    """A gradient as the rows to be added up for each feature: one for each of its matches.
+class _Content:
+    """What a gradient and its aliases share: parts to be added up, or the tensor they made."""
 
-    Attributes:
-        table: Rows that are added up, shape (tokens, width).
-        token: Row of the table of each match, by feature, int64, shape (matches,).
-        weight: What it is multiplied by, shape (matches,).
-        starts: At which match each feature starts, and their number, int64, (features + 1,).
-        along: If given, a matrix to whose rows those of the gradient are made orthogonal, shape
-            (features, width).
+    parts: list[RowSums]
+    whole: Tensor | None = None
+
+
+class RowGradient(Tensor):
+    """A gradient (features, width) that is kept as the parts it is the sum of.
+
+    Autograd and `Parameter.grad` take it as they take any tensor. Adding two up, multiplying by a
+    number, and the norm that gradients are clipped by need no more than the parts, and `chunks`
+    yields it a few rows at a time; every other operation forms the whole of it first, once. So all
+    terms of a loss make one gradient of a matrix, and an optimizer that steps chunk by chunk
+    (`lightning_sae.ChunkedAdam`) never holds one as large as the weights.
+
+    Make one with `RowGradient.of`.
     """
 
-    table: Tensor
-    token: Tensor
-    weight: Tensor
-    starts: Tensor
-    along: Tensor | None
+    content: _Content
 
-    @classmethod
-    def of(
-        cls, table: Tensor, weight: Tensor, matches: Matches, along: Tensor | None = None
-    ) -> "RowGradient":
-        """Return the gradient to which each match adds its token's row of a table.
-
-        Args:
-            table: Shape (tokens, width).
-            weight: What rows are multiplied by, in the order of the matches, shape (matches,).
-            matches: Sorted by token.
-            along: See above.
-        """
-        token, feature, order = matches.by_feature
-        features = torch.arange(matches.shape[1] + 1, device=feature.device)
-        return cls(table, token, weight[order], torch.searchsorted(feature, features), along)
-
-    @classmethod
-    def sum(cls, parts: "list[RowGradient]") -> "RowGradient":
-        """Return the sum of gradients of the same matrix, made orthogonal to the same rows."""
-        if len(parts) == 1:
-            return parts[0]
-        starts = torch.stack([part.starts for part in parts]).sum(0)
-        tokens, places = [], []
-        first_token, first_place = 0, starts[:-1]
-        for part in parts:
-            # Of each feature the matches of this part come after those of the parts before.
-            shift = first_place - part.starts[:-1]
-            each, count = part.starts.diff(), len(part.token)
-            place = torch.arange(count, device=starts.device)
-            places.append(place + shift.repeat_interleave(each, output_size=count))
-            tokens.append(part.token + first_token)
-            first_token, first_place = first_token + len(part.table), first_place + each
-        place, weights = torch.cat(places), [part.weight for part in parts]
-        token, weight = (
-            torch.empty_like(entries).index_copy_(0, place, entries)
-            for entries in (torch.cat(tokens), torch.cat(weights))
-        )
-        table = torch.cat([part.table for part in parts])
-        return cls(table, token, weight, starts, parts[0].along)
-
-    def dense(self) -> Tensor:
-        """Return the whole of it, shape (features, width)."""
-        gradient = sum_segments(self.table, self.token, self.weight, self.starts)
-        step = rows_at_a_time(gradient)
-        for start, rows in zip(range(0, len(gradient), step), gradient.split(step), strict=True):
-            self._project(rows, start)
+    @staticmethod
+    def __new__(
+        cls: type[RowGradient],
+        content: _Content,
+        size: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> RowGradient:
+        """Return a gradient with this content; `of` is what others call."""
+        # What torch's docs make such subclasses with; it has no public name.
+        gradient: RowGradient = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
+        gradient.content = content
         return gradient
 
-    def rows(self, start: int, end: int) -> Tensor:
-        """Return the rows of some features, shape (end - start, width)."""
-        first, last = self.starts[start].item(), self.starts[end].item()
-        matches = slice(first, last)
-        starts = self.starts[start : end + 1] - first
-        rows = sum_segments(self.table, self.token[matches], self.weight[matches], starts)
-        self._project(rows, start)
-        return rows
+    @classmethod
+    def of(cls, part: RowSums) -> RowGradient:
+        """Return the gradient that consists of one part, in the dtype of its table."""
+        table = part.table
+        size = torch.Size((len(part.starts) - 1, table.shape[1]))
+        return cls(_Content([part]), size, table.dtype, table.device)
 
-    def _project(self, rows: Tensor, start: int) -> None:
-        if self.along is None:
-            return
-        along = self.along[start : start + len(rows)]
-        squared = torch.linalg.vecdot(along, along).clamp_min(1e-24)
-        radial = torch.linalg.vecdot(rows, along) / squared
-        rows.addcmul_(along, radial.unsqueeze(1), value=-1)
+    @property
+    def in_parts(self) -> bool:
+        """Whether the whole of it has not been formed."""
+        return self.content.whole is None
+
+    def form(self) -> Tensor:
+        """Return the whole of it, shape (features, width), which it is from then on."""
+        content = self.content
+        if content.whole is None:
+            if content.parts:
+                content.whole = RowSums.merged(content.parts).dense().to(self.dtype)
+            else:
+                content.whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            content.parts = []
+        return content.whole
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield all rows of a gradient in parts, a few at a time, and which features they are."""
+        features, width = self.shape
+        step = rows_at_a_time(self.device)
+        for start in range(0, features, step):
+            rows = slice(start, min(start + step, features))
+            sums = [part.rows(rows) for part in self.content.parts]
+            total = sums[0] if sums else torch.zeros(rows.stop - start, width, device=self.device)
+            for other in sums[1:]:
+                total += other
+            yield rows, total.to(self.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Leave results as they are: Tensor's own would make a RowGradient of each."""
+        with torch._C.DisableTorchFunctionSubclass():  # documented under this name
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch annotates an instance method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do what `_ON_PARTS` knows to do on parts, and all else on the whole."""
+        kwargs = kwargs or {}
+        if func in _ON_PARTS:
+            result = _ON_PARTS[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*tree_map(_formed, args), **tree_map(_formed, kwargs))
+        in_place = func._schema.is_mutable and isinstance(args[0], cls)
+        return args[0] if in_place else result
 
 
-def rows_at_a_time(matrix: Tensor) -> int:
-    """Return of how many rows of a matrix to make a chunk."""
-    return _ROWS_ON_GPU if matrix.is_cuda else _ROWS
+def gradient_of(sums: RowSums, *, in_parts: bool) -> Tensor:
+    """Return a gradient, whole unless it may be in parts and these are smaller than all of it."""
+    features, tokens = len(sums.starts) - 1, len(sums.table)
+    return RowGradient.of(sums) if in_parts and tokens < features else sums.dense()
 
 
-def gradient_parts(parameter: Tensor) -> list[RowGradient] | None:
-    """Return where the gradient of a parameter is left in parts, if its optimizer wants that."""
-    return getattr(parameter, _PARTS, None)
+class GradientForm:
+    """A hook on a parameter, by which its gradient comes as a plain tensor or is left in parts.
 
+    It is called with what all terms of a loss have added up to, before that is accumulated.
 
-def keep_in_parts(parameter: Tensor) -> None:
-    """Have the gradient of a parameter left in parts, instead of as its `grad`."""
-    setattr(parameter, _PARTS, [])
-
-
-def give_whole(parameter: Tensor) -> None:
-    """Have the gradient of a parameter given as its `grad` again."""
-    if gradient_parts(parameter) is not None:
-        delattr(parameter, _PARTS)
-
-
-class GradientCollector:
-    """Has all terms of a loss make one gradient of a matrix, not one each.
-
-    A term by itself makes one as large as the matrix, however few its matches.
-
-    Args:
-        read: Makes of a parameter the rows that terms are computed from.
+    Attributes:
+        in_parts: Whether to leave it in parts, where it comes so.
     """
 
-    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
-        self._read = read
-        self._collected: dict[Tensor, tuple[Tensor, list[RowGradient]]] = {}
+    def __init__(self) -> None:
+        self.in_parts = False
 
-    def collect(self, parameter: Tensor) -> tuple[Tensor, list[RowGradient]]:
-        """Return the rows of a parameter, and where to leave parts of their gradient."""
-        if parameter not in self._collected:
-            parts: list[RowGradient] = []
-            rows = _Collected.apply(self._read(parameter), parts, gradient_parts(parameter))  # type: ignore[no-untyped-call]  # torch does not annotate it
-            self._collected[parameter] = rows, parts
-        return self._collected[parameter]
-
-    def forget_before(self, loss: Tensor) -> Tensor:
-        """Return the loss of which each backward pass then begins without parts of an earlier one.
-
-        Every pass that meets any of the terms must come from there.
-        """
-        if loss.requires_grad:
-            parts = [parts for _, parts in self._collected.values()]
-
-            def forget(grad: Tensor) -> None:
-                # A pass that did not reach the parameter has left its parts behind.
-                for each in parts:
-                    each.clear()
-
-            loss.register_hook(forget)
-        return loss
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Return a gradient in the form that is wanted, features shared out as they were."""
+        own = local(gradient)
+        if self.in_parts or not isinstance(own, RowGradient):
+            return gradient
+        return distributed_like(gradient, own.form())
 
 
-class _Collected(torch.autograd.Function):
-    """The identity, whose backward pass comes after those of all that was made of its result."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, matrix: Tensor, parts: list[RowGradient], kept: list[RowGradient] | None
-    ) -> Tensor:
-        ctx.parts, ctx.kept = parts, kept
-        ctx.set_materialize_grads(False)  # there is none if all of it is in parts
-        return matrix.view_as(matrix)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        parts = ctx.parts.copy()
-        ctx.parts.clear()
-        if ctx.kept is not None:
-            ctx.kept.extend(parts)
-        elif parts:
-            gradient = RowGradient.sum(parts).dense()
-            grad = gradient if grad is None else gradient.add_(grad)
-        return grad, None, None
+def _formed(value: Any) -> Any:
+    return value.form() if isinstance(value, RowGradient) else value
 
 
-def leave_or_give(gradient: RowGradient, parts: list[RowGradient] | None) -> Tensor | None:
-    """Leave a gradient with other parts of the same, or, where there is no list, give it whole."""
-    if parts is None:
-        return gradient.dense()
-    parts.append(gradient)
-    return None
+def _are_parts(*values: Any) -> bool:
+    return all(isinstance(value, RowGradient) and value.in_parts for value in values)
+
+
+def _with_parts(gradient: RowGradient, parts: list[RowSums]) -> RowGradient:
+    return RowGradient(_Content(parts), gradient.shape, gradient.dtype, gradient.device)
+
+
+def _alias(gradient: RowGradient) -> RowGradient:
+    return RowGradient(gradient.content, gradient.shape, gradient.dtype, gradient.device)
+
+
+def _view(gradient: RowGradient, size: Sequence[int]) -> Any:
+    return _alias(gradient) if list(size) == list(gradient.shape) else NotImplemented
+
+
+def _clone(gradient: RowGradient, **_: Any) -> Any:
+    parts = gradient.content.parts
+    return _with_parts(gradient, parts.copy()) if _are_parts(gradient) else NotImplemented
+
+
+def _to_copy(gradient: RowGradient, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    if not _are_parts(gradient) or (device is not None and device != gradient.device):
+        return NotImplemented
+    # Parts stay in their own dtype until they are added up.
+    content = _Content(gradient.content.parts.copy())
+    return RowGradient(content, gradient.shape, dtype or gradient.dtype, gradient.device)
+
+
+def _add(one: Any, other: Any, *, alpha: float = 1) -> Any:
+    if not _are_parts(one, other) or alpha != 1:
+        return NotImplemented
+    return _with_parts(one, one.content.parts + other.content.parts)
+
+
+def _add_(one: Any, other: Any, *, alpha: float = 1) -> Any:
+    if not _are_parts(one, other) or alpha != 1:
+        return NotImplemented
+    one.content.parts += other.content.parts
+    return one
+
+
+def _scaled(parts: list[RowSums], factor: Tensor | float) -> list[RowSums]:
+    return [replace(part, weight=(part.weight * factor).to(part.weight)) for part in parts]
+
+
+def _mul(one: Any, other: Any) -> Any:
+    if not _are_parts(one) or (isinstance(other, Tensor) and other.dim() > 0):
+        return NotImplemented
+    return _with_parts(one, _scaled(one.content.parts, other))
+
+
+def _mul_(one: Any, other: Any) -> Any:
+    if not _are_parts(one) or (isinstance(other, Tensor) and other.dim() > 0):
+        return NotImplemented
+    one.content.parts = _scaled(one.content.parts, other)
+    return one
+
+
+def _zero_(gradient: RowGradient) -> RowGradient:
+    gradient.content.parts, gradient.content.whole = [], None
+    return gradient
+
+
+def _norm(gradient: Any, ord: Any = 2, *others: Any, **options: Any) -> Any:  # noqa: A002
+    if not _are_parts(gradient) or ord != 2 or others or options.get("dtype") is not None:
+        return NotImplemented
+    squares = [rows.square().sum() for _, rows in gradient.chunks()]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _on_each(operation: Any) -> Callable[..., list[Tensor]]:
+    """Return what a foreach operation does, one tensor after another; each finds its own way."""
+    return lambda tensors, *args: [operation(tensor, *args) for tensor in tensors]
+
+
+def _on_each_in_place(operation: Any) -> Callable[..., None]:
+    def on_each(tensors: list[Tensor], *args: Any) -> None:
+        for tensor in tensors:
+            operation(tensor, *args)
+
+    return on_each
+
+
+_ON_PARTS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _alias,
+    aten.view.default: _view,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.add.Tensor: _add,
+    aten.add_.Tensor: _add_,
+    aten.mul.Tensor: _mul,
+    aten.mul_.Tensor: _mul_,
+    aten.zero_.default: _zero_,
+    aten.linalg_vector_norm.default: _norm,
+    aten._foreach_norm.Scalar: _on_each(torch.linalg.vector_norm),
+    aten._foreach_mul_.Tensor: _on_each_in_place(Tensor.mul_),
+    aten._foreach_zero_.default: _on_each_in_place(Tensor.zero_),
+}
+"""What operations do to gradients in parts; NotImplemented where they need the whole."""

@@ -1,6 +1,7 @@
 """Feature Choice: every feature spends its own budget, so none is dead."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
 from lightning_sae.zipf import fit_zipf
+from tests.helpers.architectures import affinities, chosen
 from tests.helpers.superposition import superposition
 
 
@@ -28,14 +30,14 @@ def train(sae: SparseAutoencoder, steps: int, tokens: int = 512) -> None:
 
 
 def from_scratch(n_features: int = 24, k: int = 3, **arguments: object) -> FeatureChoiceSAE:
-    return FeatureChoiceSAE(8, n_features, k, mutual_choice_for=0, **arguments)
+    return FeatureChoiceSAE(8, n_features, k, mutual_choice_share=0, **arguments)
 
 
 def test_uniform_budgets_give_every_feature_the_same():
     sae = from_scratch(budgets="uniform")
     x = superposition(128, 8, n_features=16, seed=0)
     _, stats = sae.loss(x)
-    assert torch.equal((sae.encode(x) > 0).sum(0), torch.full((24,), 16))  # 3 * 128 / 24
+    assert torch.equal(chosen(sae, x).per_feature(), torch.full((24,), 16))  # 3 * 128 / 24
     assert stats["l0"] == 3
 
 
@@ -57,7 +59,7 @@ def test_fractions_of_a_match_are_rounded_anew_in_every_batch():
     counts = []
     for _ in range(6):
         sae.loss(x)
-        counts.append(sae.match(x).per_feature())
+        counts.append(chosen(sae, x).per_feature())
     assert len({tuple(count.tolist()) for count in counts}) > 1
     # The two largest budgets find too few positive affinities to spend themselves on.
     assert ((torch.stack(counts) - sae.budgets_for(100))[:, 2:].abs() < 1).all()
@@ -69,7 +71,7 @@ def test_a_budget_below_one_is_served_in_turns():
     for seed in range(100):
         x = superposition(64, 8, n_features=16, seed=seed)
         sae.loss(x)
-        counts += sae.match(x).per_feature()
+        counts += chosen(sae, x).per_feature()
     budgets = sae.budgets_for(64)
     assert 0.0999 < budgets.min() < 0.5
     tail = budgets < 0.5
@@ -82,11 +84,11 @@ def test_every_feature_fires_in_every_batch():
     for seed in range(5):
         x = superposition(64, 8, n_features=16, seed=seed)
         sae.loss(x)
-        assert (sae.tokens_since_fired == 0).all()
+        assert (sae.history.tokens_since_fired == 0).all()
 
 
 def test_the_batch_chooses_first_and_then_features_by_their_density():
-    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=60 * 512)
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_tokens=60 * 512)
     mutual = MutualChoiceSAE(8, 24, 3)
     mutual.load_state_dict(dict(sae.named_parameters()), strict=False)
     train(sae, 60)
@@ -94,7 +96,7 @@ def test_the_batch_chooses_first_and_then_features_by_their_density():
     assert not sae.choosing
     torch.testing.assert_close(sae.W_dec, mutual.W_dec)  # the very same training
     torch.testing.assert_close(sae.threshold, mutual.threshold.expand(24))
-    density = sae.density.clone()
+    density = sae.history.density.clone()
     sae.loss(superposition(512, 8, n_features=16, seed=60))
     assert sae.choosing
     order = density.argsort(descending=True, stable=True)
@@ -112,7 +114,7 @@ def test_the_batch_chooses_first_and_then_features_by_their_density():
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_the_first_phase_as_a_share_of_the_run(tmp_path: Path):
-    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=0.6)
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_share=0.6)
     x = torch.cat([superposition(64, 8, n_features=16, seed=seed) for seed in range(10)])
     seen = []
 
@@ -134,15 +136,18 @@ def test_the_first_phase_as_a_share_of_the_run(tmp_path: Path):
     assert seen == [False] * 6 + [True] * 4
 
 
-def test_a_share_of_no_run_is_refused():
-    with pytest.raises(ValueError, match=r"mutual_choice_for=0\.85 is a share of a run"):
-        FeatureChoiceSAE(8, 24, 3).loss(superposition(64, 8, n_features=16, seed=0))
+def test_without_a_trainer_the_first_phase_lasts_as_long_as_densities_are_measured():
+    sae = FeatureChoiceSAE(8, 24, 3, dead_after_tokens=4 * 512)
+    train(sae, 4)
+    assert not sae.choosing
+    train(sae, 1)
+    assert sae.choosing
 
 
 def test_densities_that_follow_no_law_are_warned_of():
-    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=1)
-    sae.density[:3] = 0.5
-    sae.tokens_seen.fill_(1000)
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_tokens=1)
+    sae.history.density[:3] = 0.5
+    sae.history.tokens_seen.fill_(1000)
     with pytest.warns(UserWarning, match="Budgets follow s=1.0, q=0.024: a Zipf fit needs 10"):
         sae.begin_feature_choice(64)
     assert sae.target_density[:3].min() > sae.target_density[3:].max()
@@ -153,13 +158,17 @@ def test_starts_from_a_checkpoint_of_any_architecture(architecture: type, tmp_pa
     first = architecture(8, 24, 0.1 if architecture is StandardSAE else 3)
     train(first, 30)
     path = tmp_path / "first.ckpt"
-    torch.save({"state_dict": first.state_dict()}, path)
+    torch.save({"loops": {}, "lightning_sae_format": 2, "state_dict": first.state_dict()}, path)
     sae = from_scratch(start_from=str(path))
-    sae.load_dictionary(str(path))
-    for name in ("W_dec", "b_dec", "input_scale", "density", "tokens_seen"):
-        assert torch.equal(getattr(sae, name), getattr(first, name)), name
+    sae._trainer = SimpleNamespace(ckpt_path=None)
+    sae.setup("fit")
+    sae._trainer = None
+    found, expected = sae.state_dict(), first.state_dict()
+    for name in ("decoder.weight", "decoder.bias", "input_scale", "history.density"):
+        assert torch.equal(found[name], expected[name]), name
+    assert sae.history.tokens_seen == first.history.tokens_seen
     sae.loss(superposition(512, 8, n_features=16, seed=30))
-    order = first.density.argsort(descending=True, stable=True)
+    order = first.history.density.argsort(descending=True, stable=True)
     assert (sae.target_density[order].diff() <= 0).all()
 
 
@@ -167,13 +176,15 @@ def test_starts_from_a_checkpoint_of_any_architecture(architecture: type, tmp_pa
 def test_a_checkpoint_that_is_none_is_refused(content: bytes | None, tmp_path: Path):
     path = tmp_path / "first.ckpt"
     if content is None:
-        torch.save({"state_dict": TopKSAE(8, 25, 3).state_dict()}, path)
+        state = TopKSAE(8, 25, 3).state_dict()
+        torch.save({"loops": {}, "lightning_sae_format": 2, "state_dict": state}, path)
     else:
         path.write_bytes(content)
-    sae = from_scratch()
+    sae = from_scratch(start_from=str(path))
+    sae._trainer = SimpleNamespace(ckpt_path=None)
     before = {name: value.clone() for name, value in sae.state_dict().items()}
-    with pytest.raises(ValueError, match=r"first\.ckpt is no checkpoint of an SAE with d_model=8"):
-        sae.load_dictionary(str(path))
+    with pytest.raises(ValueError, match=r"start_from=.*first\.ckpt: .*no (checkpoint of an )?SAE"):
+        sae.setup("fit")
     for name, value in sae.state_dict().items():
         torch.testing.assert_close(value, before[name], equal_nan=True)
 
@@ -189,13 +200,13 @@ def test_thresholds_keep_each_features_share():
     assert tracked.sum().item() == pytest.approx(3, rel=0.1)
     sae.calibrate(held_out)
     exact = (sae.encode(held_out) > 0).float().mean(0)
-    capable = (sae.affinities(sae.scaled(held_out)) > 0).float().mean(0) > wanted
+    capable = (affinities(sae, sae.scaled(held_out)) > 0).float().mean(0) > wanted
     assert capable.sum() >= 20
     torch.testing.assert_close(exact[capable], wanted[capable], atol=0.5 / 8192 + 1e-6, rtol=0)
 
 
 def test_the_first_phase_can_be_calibrated():
-    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_for=1e9)
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_tokens=10**9)
     held_out = superposition(8192, 8, n_features=16, seed=-1)
     sae.calibrate(held_out)  # before the first batch, too
     train(sae, 2)
@@ -204,7 +215,7 @@ def test_the_first_phase_can_be_calibrated():
 
 
 def test_a_budget_too_small_for_the_dictionary_is_explained():
-    sae = FeatureChoiceSAE(8, 1000, 2, mutual_choice_for=1000)  # noticed in the first phase
+    sae = FeatureChoiceSAE(8, 1000, 2, mutual_choice_tokens=1000)  # noticed in the first phase
     with pytest.raises(
         ValueError,
         match=r"n_features=1000 features min_matches=1\.0: batch_size=500 or min_matches=0\.256",
@@ -220,7 +231,9 @@ def test_a_budget_too_small_for_the_dictionary_is_explained():
         ({"budgets": "Zipf"}, "budgets='Zipf' is none of uniform, zipf"),
         ({"zipf_exponent": -1.0}, r"zipf_exponent=-1\.0 must be a finite number"),
         ({"zipf_offset": float("nan")}, "zipf_offset=nan must be a finite number"),
-        ({"mutual_choice_for": -0.5}, r"mutual_choice_for=-0\.5 must be a finite number"),
+        ({"mutual_choice_share": -0.5}, r"mutual_choice_share=-0\.5 must be a share of the run"),
+        ({"mutual_choice_share": 1000}, "mutual_choice_share=1000 must be a share of the run, 0"),
+        ({"mutual_choice_tokens": -1}, "mutual_choice_tokens=-1 must be a finite number"),
         ({"min_matches": -1.0}, r"min_matches=-1\.0 must be a finite number"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_sae import MutualChoiceSAE
+from tests.helpers.architectures import chosen
 from tests.helpers.superposition import superposition
 
 
@@ -20,7 +21,7 @@ def test_the_threshold_follows_the_smallest_choice_and_keeps_the_budget():
     sae = MutualChoiceSAE(8, 24, k=3)
     x = superposition(128, 8, n_features=16, seed=0)
     sae.loss(x)
-    smallest = sae.encode(x)[sae.encode(x) > 0].min()
+    smallest = chosen(sae, x).value.min()
     torch.testing.assert_close(sae.threshold, smallest.detach())
     for _ in range(3):
         sae.loss(x)
@@ -35,14 +36,14 @@ def test_the_threshold_is_a_running_average():
     sae.loss(batches[0])
     first = sae.threshold.clone()
     sae.loss(batches[1])
-    second = sae.match(batches[1]).value.min()
+    second = chosen(sae, batches[1]).value.min()
     assert second > 1.2 * first
     torch.testing.assert_close(sae.threshold, (0.9 * first + 0.1 * second).detach())
 
 
 def test_an_uncalibrated_threshold_is_refused():
-    sae = MutualChoiceSAE(8, 24, k=3).eval()
-    with pytest.raises(RuntimeError, match="threshold of MutualChoiceSAE is not calibrated"):
+    sae = MutualChoiceSAE(8, 24, k=3)
+    with pytest.raises(ValueError, match="threshold of MutualChoiceSAE is not calibrated"):
         sae.encode(torch.randn(2, 8))
 
 

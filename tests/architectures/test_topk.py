@@ -27,10 +27,10 @@ def test_multi_k_gradients_equal_dense_autograd(importance):
     """Gao et al.: the loss with k, plus an eighth of the loss with 4 k; AuxK on what k leaves."""
     torch.manual_seed(0)
     sae = TopKSAE(8, 24, 2, multi_k_coefficient=1 / 8, importance=importance).double()
-    sae.dead_after_tokens = 100
+    sae.history.dead_after_tokens = 100
     x = superposition(64, 8, n_features=16, seed=0).double() * 7 + 20
     sae.loss(x)  # sets the scale
-    sae.tokens_since_fired[:10] = 1000  # so that AuxK has something to do
+    sae.history.tokens_since_fired[:10] = 1000  # so that AuxK has something to do
     reference = copy.deepcopy(sae)
     loss, stats = sae.loss(x)
     loss.backward()
@@ -48,7 +48,7 @@ def test_multi_k_gradients_equal_dense_autograd(importance):
         codes = affinities * chosen * (scores > 0)
         return scaled - codes @ dictionary - reference.b_dec
 
-    dead = reference.tokens_since_fired >= 100
+    dead = reference.history.tokens_since_fired >= 100
     top = affinities[:, dead].relu().topk(4)
     extra = torch.zeros_like(affinities[:, dead]).scatter(1, top.indices, top.values)
     left = error(2).detach()
@@ -94,5 +94,6 @@ def test_multi_k_out_of_range_is_refused(arguments):
 
 def test_defaults_are_the_source_s():
     sae = TopKSAE(768, 8, k=2)
-    assert (sae.aux_coefficient, sae.k_aux, sae.dead_after_tokens) == (1 / 32, 384, 10_000_000)
+    assert (sae.revival.coefficient, sae.revival.k) == (1 / 32, 384)
+    assert sae.history.dead_after_tokens == 10_000_000
     assert (sae.multi_k_coefficient, sae.multi_k) == (0.0, 8)

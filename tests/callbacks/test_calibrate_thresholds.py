@@ -41,7 +41,7 @@ def test_the_last_checkpoint_keeps_to_the_budget(kind: str, tmp_path: Path):
     if kind == "mutual":
         sae = MutualChoiceSAE(8, 24, K)
     else:
-        sae = FeatureChoiceSAE(8, 24, K, mutual_choice_for=0, max_density=0.3)
+        sae = FeatureChoiceSAE(8, 24, K, mutual_choice_share=0, max_density=0.3)
     fired = (type(sae).load_from_checkpoint(fit(sae, tmp_path, CalibrateThresholds()))).eval()
     assert (fired.encode(HELD_OUT) > 0).sum().item() == pytest.approx(K * 1000, rel=0.01)
 

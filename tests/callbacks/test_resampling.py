@@ -126,9 +126,9 @@ def test_features_are_renewed_as_the_source_has_it(make):
         sae.loss(batch(seed))[0].backward()
         optimizer.step()
         sae.normalize_decoder()
-    sae.tokens_since_fired[12] = 1000  # one more, whose moments are not zero yet
+    sae.history.tokens_since_fired[12] = 1000  # one more, whose moments are not zero yet
     before = {name: value.clone() for name, value in sae.state_dict().items()}
-    features = sae.dead_features_mask().nonzero().squeeze(1)
+    features = sae.history.dead().nonzero().squeeze(1)
     assert {*range(10), 12} <= set(features.tolist())
     inputs = torch.randn(len(features), D_MODEL)
     renew(sae, features, inputs, [optimizer])
@@ -141,8 +141,8 @@ def test_features_are_renewed_as_the_source_has_it(make):
         torch.testing.assert_close(sae.W_dec[feature], direction)
         torch.testing.assert_close(sae.encoder.weight[feature], 0.2 * norm * direction)
     assert (sae.encoder.bias[features] == 0).all()
-    assert not sae.dead_features_mask().any()
-    assert (sae.density[features] == 0).all()
+    assert not sae.history.dead().any()
+    assert (sae.history.density[features] == 0).all()
     for parameter in (sae.W_dec, sae.encoder.weight, sae.encoder.bias):
         moments = [v for v in optimizer.state[parameter].values() if v.shape == parameter.shape]
         assert moments
@@ -157,7 +157,7 @@ def test_features_are_renewed_as_the_source_has_it(make):
 def test_all_features_may_be_dead():
     sae = sae_with_dead_features()
     sae.loss(batch(0))
-    sae.tokens_since_fired[:] = 1000
+    sae.history.tokens_since_fired[:] = 1000
     renew(sae, torch.arange(5), torch.randn(5, D_MODEL), [])
     torch.testing.assert_close(sae.encoder.weight[:5].norm(dim=1), torch.full((5,), 0.2))
 
@@ -172,7 +172,7 @@ class Record(pl.Callback):
         self.dead = []
 
     def on_train_batch_start(self, trainer, pl_module, *_):
-        self.dead.append(int(pl_module.dead_features_mask().sum()))
+        self.dead.append(int(pl_module.history.dead().sum()))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_resampled_features_fire_again(make, arguments, firing, tmp_path):
     trainer(tmp_path, resample, record).fit(sae, batches(20))
     assert record.dead[3] >= 10  # it is due with the fourth batch: twice dead_after_tokens
     assert record.dead[4] == 0
-    assert (sae.density[DEAD] > 0).sum() >= firing
+    assert (sae.history.density[DEAD] > 0).sum() >= firing
     assert (sae.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
     assert sae.loss(batch(99))[1]["fvu"] < 0.8
 
@@ -284,7 +284,7 @@ def test_two_ranks_resample_as_one_does():
 
 def test_defaults_are_the_source_s(tmp_path, monkeypatch):
     resample, sae = ResampleDeadFeatures(), StandardSAE(D_MODEL, N_FEATURES)
-    assert sae.dead_after_tokens == 12_500 * 8_192
+    assert sae.history.dead_after_tokens == 12_500 * 8_192
     assert (resample.times, resample.sample_tokens) == (4, 100 * 8_192)
     calls = []
     monkeypatch.setattr(resample, "_draw", lambda *_: None)
@@ -293,8 +293,8 @@ def test_defaults_are_the_source_s(tmp_path, monkeypatch):
         lambda module, *_: calls.append(int(module.tokens_seen) // 8_192),
     )
     for step in range(0, 125_001, 12_500):
-        sae.tokens_since_fired.fill_(1)
-        sae.tokens_seen.fill_(step * 8_192)
+        sae.history.tokens_since_fired.fill_(1)
+        sae.history.tokens_seen.fill_(step * 8_192)
         fit = SimpleNamespace(global_step=step + 1, optimizers=[])
         resample.on_train_batch_end(fit, sae, None, batch(0), step) if step else None
     assert calls == [25_000, 50_000, 75_000, 100_000]

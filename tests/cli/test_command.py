@@ -61,7 +61,10 @@ def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, 
     version = tmp_path / "runs" / name / "version_0"
     checkpoint = version / "checkpoints" / "last.ckpt"
     raw = torch.load(checkpoint, weights_only=True)
-    assert raw["state_dict"]["W_dec"].shape == (512, 256)  # the width is the language model's
+    assert raw["state_dict"]["decoder.weight"].shape == (
+        512,
+        256,
+    )  # the width is the language model's
     assert not any("language_model" in key for key in raw["state_dict"])
     assert raw["global_step"] == 4
     assert (version / "config.yaml").is_file()
@@ -80,7 +83,7 @@ def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, 
     assert matches["token"].max() < matches["kept"].sum()
 
     again = getattr(lightning_sae, raw["architecture"]).load_from_checkpoint(checkpoint)
-    assert torch.equal(again.W_dec, raw["state_dict"]["W_dec"])
+    assert torch.equal(again.W_dec, raw["state_dict"]["decoder.weight"])
 
 
 def test_the_curves_are_there(tmp_path: Path):
@@ -118,9 +121,11 @@ def test_a_second_run_resumes_where_the_first_stopped(tmp_path: Path):
         tmp_path / "runs/mutual_choice/version_1/checkpoints/last.ckpt", weights_only=True
     )
     assert resumed["global_step"] == 4
-    assert resumed["state_dict"]["tokens_seen"] == 4 * 512
-    before = torch.load(checkpoint, weights_only=True)["state_dict"]["W_dec"]
-    assert not torch.allclose(resumed["state_dict"]["W_dec"], before)  # not at a rate of zero
+    assert resumed["state_dict"]["history.tokens_seen"] == 4 * 512
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]["decoder.weight"]
+    assert not torch.allclose(
+        resumed["state_dict"]["decoder.weight"], before
+    )  # not at a rate of zero
 
 
 @pytest.mark.parametrize("model", ["gpt2_small", "pythia_160m", "vit"])

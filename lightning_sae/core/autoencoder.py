@@ -1,0 +1,265 @@
+"""What every SAE does with a batch: choose matches, reconstruct, and say how badly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_sae.allocation import Choice, Importance, score
+from lightning_sae.checks import UsageError
+from lightning_sae.core.dictionary import Dictionary
+from lightning_sae.core.firing_history import FiringHistory
+from lightning_sae.core.losses import reconstruction_loss
+from lightning_sae.core.revival import Revival
+from lightning_sae.matches import Matches
+from lightning_sae.numerics import wide
+from lightning_sae.parallel import local
+from lightning_sae.selection import Scores
+from lightning_sae.sparse import EncoderScores
+
+__all__ = ["Autoencoder"]
+
+
+class Autoencoder(Dictionary, ABC):
+    """A dictionary of features that explains each activation by a few of them.
+
+    A subclass says in `choose` which token-feature pairs of a training batch are matches, and in
+    `choose_per_token` which those of a token by itself are, from scores that rank pairs: their
+    affinities, or another measure of `importance`. The affinities of matches are the codes; all
+    others are zero.
+
+    `forward`, `encode` and `match` are inference, in `train()` mode too: a token's code depends on
+    that token alone, and nothing changes. Only `loss` chooses over the batch. In `train()` mode it
+    also keeps the state that outlives a step up to date, as batch normalisation does: the first
+    batch sets the origin to its mean and the scale so that a centred token has a mean squared
+    length of d_model; every batch updates thresholds and the firing history.
+
+    Activations of any floating-point type are taken, and what comes out has the type that went in.
+
+    Args:
+        d_model: Width of the activations.
+        n_features: Size of the dictionary.
+        aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
+        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
+            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
+        k_aux: Dead features a token may use in that loss, and an eighth as many dying ones.
+            Default: d_model / 2.
+        aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
+            Tokens should come shuffled.
+        dead_after_tokens: Tokens without a match after which a feature counts as dead.
+
+    Attributes:
+        history: When each feature fired last, and how often it does.
+        revival: The auxiliary loss.
+        importance: What pairs are ranked by; a subclass that chooses may set it.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    importance: Importance = "affinity"
+
+    def __init__(
+        self,
+        d_model: int,
+        n_features: int,
+        *,
+        aux_coefficient: float = 1 / 32,
+        dying_below: float = 0.0,
+        k_aux: int | None = None,
+        aux_every: int = 1,
+        dead_after_tokens: int = 10_000_000,
+    ) -> None:
+        super().__init__(d_model, n_features)
+        k_aux = k_aux if k_aux is not None else max(1, d_model // 2)
+        self.revival = Revival(aux_coefficient, dying_below, k_aux, aux_every)
+        self.history = FiringHistory(n_features, dead_after_tokens)
+
+    @property
+    def tokens_seen(self) -> Tensor:
+        """Tokens trained on, over all ranks, int64, 0-d."""
+        return self.history.tokens_seen
+
+    # What an architecture decides
+
+    @abstractmethod
+    def choose(self, scores: Scores) -> Choice:
+        """Choose the matches of a training batch by their scores, which become their values."""
+
+    @abstractmethod
+    def choose_per_token(self, scores: Scores) -> Matches:
+        """Choose each token's matches without regard to the other tokens of the batch."""
+
+    def prepare(self, x: Tensor) -> None:
+        """Turn what a schedule turns, before a training batch is chosen from.
+
+        Args:
+            x: Activations, shape (tokens, d_model).
+        """
+        if not self.initialized:
+            self.initialize(x)
+
+    def share_is_over(self, share: float) -> bool | None:
+        """Return whether a share of the run is over; None where nobody knows how long it will be.
+
+        Args:
+            share: From 0 to 1.
+        """
+        return None
+
+    def extra_losses(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms added to the reconstruction loss in training, by name.
+
+        By default the loss by which dead and dying features learn to explain the remaining error.
+
+        Args:
+            scaled: Scaled activations, shape (tokens, d_model).
+            matches: The matches chosen for them.
+            error: `scaled` less its reconstruction, shape (tokens, d_model).
+        """
+        return self.revival.loss(self, self.history, scaled, error)
+
+    def observe(self, scores: Scores, choice: Choice) -> None:
+        """Update the architecture's own state, thresholds say, from a training batch.
+
+        Args:
+            scores: What `choose` was given.
+            choice: What it returned: matches whose values are their scores.
+        """
+
+    def threshold_statistics(self) -> dict[str, Tensor]:
+        """Return what there is to log about the thresholds of inference."""
+        return {}
+
+    # Inference
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction of activations (..., d_model), in the same shape and dtype.
+
+        Raises:
+            ValueError: If the last dimension of x is not d_model, or before thresholds were
+                learned.
+        """
+        matches = self.match(x.reshape(-1, x.shape[-1]))
+        return (self.reconstruct(matches) / self.input_scale).to(x.dtype).view(x.shape)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the dense codes, shape (..., n_features), of activations (..., d_model).
+
+        In the dtype of the activations. Raises as `forward` does.
+        """
+        codes = self.match(x.reshape(-1, x.shape[-1])).to_dense()
+        return codes.to(x.dtype).view(*x.shape[:-1], self.n_features)
+
+    def match(self, x: Tensor) -> Matches:
+        """Return the matches of activations (tokens, d_model): `encode` without the zeros.
+
+        Their values are in float32, or in float64 if the parameters are. Raises as `forward` does.
+        """
+        scaled = self.scaled(x)
+        with self._choosing():
+            chosen = self.choose_per_token(self.scores(scaled))
+        return self.matches_of(scaled, chosen)
+
+    # Training
+
+    def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch and the figures worth logging.
+
+        In `train()` mode matches are chosen over the batch, and buffers are updated, on every rank
+        alike; in `eval()` mode each token's are chosen by itself.
+
+        Args:
+            x: Activations, shape (..., d_model).
+
+        Returns:
+            The loss, 0-d with gradient, and a dictionary of detached 0-d tensors: each term of the
+            loss, `l0` (matches per token) and its spread `l0_std`, `fvu`, `dead_fraction`, and
+            `threshold` where there is one.
+
+        Raises:
+            ValueError: If x is not d_model wide, or its affinities are not finite.
+        """
+        x = x.reshape(-1, x.shape[-1])
+        if self.training:
+            self.prepare(x)
+        scaled = self.scaled(x)
+        scores = self.scores(scaled)
+        with self._choosing():
+            choice = self.choose(scores) if self.training else Choice(self.choose_per_token(scores))
+        matches = self.matches_of(scaled, choice.matches)
+        error = scaled - self.reconstruct(matches)
+        terms = {"reconstruction_loss": reconstruction_loss(error)}
+        if self.training:
+            terms |= self.extra_losses(scaled, matches, error)
+        loss = torch.stack(list(terms.values())).sum()
+        if self.training:
+            with torch.no_grad():
+                fires = choice.matches.per_feature()
+                self.history.update(fires, len(scaled), self.layout.ranks)
+                self.observe(scores, choice)
+        stats = {"loss": loss, **terms, **self._batch_statistics(scaled, error, matches)}
+        return loss, {name: value.detach() for name, value in stats.items()}
+
+    def scores(self, scaled: Tensor) -> Scores:
+        """Return what pairs are ranked by: affinities, or another measure of `importance`.
+
+        Args:
+            scaled: Scaled activations, shape (tokens, d_model).
+        """
+        share = self.layout.share
+        weight, bias, origin = self._encoder()
+        centred = scaled.detach() - origin.detach()
+        if self.importance == "affinity":
+            return EncoderScores(centred, weight, bias, share=share)
+        dictionary = local(self.decoder.weight.detach())
+        if self.importance == "token_norm":  # a factor for each token
+            ones = centred.new_ones(len(centred), 1)
+            scale = score(ones, self.importance, centred=centred, dictionary=dictionary)
+            return EncoderScores(centred, weight, bias, scale=scale.squeeze(1), share=share)
+
+        def rank(affinities: Tensor, tokens: slice, features: slice) -> Tensor:
+            rows = wide(dictionary[features])
+            return score(affinities, self.importance, centred=centred[tokens], dictionary=rows)
+
+        return EncoderScores(centred, weight, bias, rank=rank, share=share)
+
+    def matches_of(self, scaled: Tensor, chosen: Matches) -> Matches:
+        """Return matches that were chosen by their scores with their affinities and gradient.
+
+        Args:
+            scaled: Scaled activations, shape (tokens, d_model).
+            chosen: What a choice from `scores(scaled)` returned.
+        """
+        if self.importance != "affinity":
+            chosen = chosen.with_values(self.affinities_of(scaled, chosen))
+        return self.with_gradient(scaled, chosen)
+
+    @contextmanager
+    def _choosing(self) -> Iterator[None]:
+        try:
+            with torch.no_grad():
+                yield
+        except FloatingPointError:
+            raise UsageError(
+                f"affinities are not finite after {self.history.tokens_seen.item()} tokens: "
+                "lower the learning rate, or look for NaN or infinite activations"
+            ) from None
+
+    @torch.no_grad()
+    def _batch_statistics(
+        self, scaled: Tensor, error: Tensor, matches: Matches
+    ) -> dict[str, Tensor]:
+        per_token = matches.per_token().float()
+        variance = (scaled - scaled.mean(0)).square().sum()
+        return {
+            "l0": per_token.mean(),
+            "l0_std": per_token.std(correction=0),
+            "fvu": error.square().sum() / variance,
+            "dead_fraction": self.history.dead().float().mean(),
+            **self.threshold_statistics(),
+        }

@@ -1,0 +1,83 @@
+"""When each feature fired last, and how often it does: what tells the dead and the dying."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sae.checks import require_positive
+from lightning_sae.parallel import Ranks
+from lightning_sae.zipf import ZipfFitError, zipf_deficit
+
+__all__ = ["FiringHistory"]
+
+
+class FiringHistory(nn.Module):
+    """Counts of a training run, equal on all ranks.
+
+    Args:
+        n_features: Size of the dictionary.
+        dead_after_tokens: Tokens without a match after which a feature counts as dead.
+
+    Attributes:
+        tokens_seen: Tokens trained on, over all ranks, int64, 0-d.
+        tokens_since_fired: For each feature, tokens since its last match, int64, (n_features,).
+        density: For each feature, the share of tokens it was matched with, over about the last
+            `dead_after_tokens` tokens, float32, (n_features,).
+    """
+
+    tokens_seen: Tensor
+    tokens_since_fired: Tensor
+    density: Tensor
+
+    def __init__(self, n_features: int, dead_after_tokens: int) -> None:
+        super().__init__()
+        require_positive(dead_after_tokens=dead_after_tokens)
+        self.dead_after_tokens = dead_after_tokens
+        self.register_buffer("tokens_seen", torch.tensor(0))
+        self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64))
+        self.register_buffer("density", torch.zeros(n_features, dtype=torch.float32))
+
+    @property
+    def window(self) -> int:
+        """Over how many tokens `density` is measured by now."""
+        return min(int(self.tokens_seen), self.dead_after_tokens)
+
+    def dead(self) -> Tensor:
+        """Return which features have not fired for `dead_after_tokens`, bool, (n_features,)."""
+        return self.tokens_since_fired >= self.dead_after_tokens
+
+    def deficit(self) -> Tensor:
+        """Return by which share each feature falls short of its Zipf density, (n_features,).
+
+        Zero for all while nothing is known: before the first batches, or when too few features are
+        live for a fit.
+        """
+        if self.window:
+            with suppress(ZipfFitError):
+                return zipf_deficit(self.density, self.window)
+        return torch.zeros_like(self.density)
+
+    @torch.no_grad()
+    def update(self, fires: Tensor, tokens: int, ranks: Ranks) -> None:
+        """Count a batch.
+
+        Args:
+            fires: Matches of each feature on this rank, int64, shape (n_features,).
+            tokens: Tokens of this rank.
+            ranks: Over which both are added up.
+        """
+        counts = torch.cat([fires, self.tokens_seen.new_tensor([tokens])])
+        fires, total = ranks.all_reduce(counts).split([len(fires), 1])
+        total = total.squeeze()
+        self.tokens_seen += total
+        self.tokens_since_fired += total
+        self.tokens_since_fired.masked_fill_(fires > 0, 0)
+        # The mean over all tokens until there are dead_after_tokens of them, then a running one.
+        window = self.tokens_seen.clamp(max=self.dead_after_tokens).maximum(total)
+        # Quotients of integers would have the default dtype, which may have 16 bits. A batch
+        # without tokens has no share in the mean.
+        share = fires.float() / total.clamp_min(1)
+        self.density.lerp_(share, total.float() / window.clamp_min(1))

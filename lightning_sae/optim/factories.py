@@ -1,0 +1,60 @@
+"""Optimizers and schedules as users name them, and what they say of settings they do not take."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lightning_sae.checks import UsageError
+
+__all__ = ["MakeOptimizer", "MakeSchedule", "in_terms_of", "optimizer_and_schedule"]
+
+MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+MakeSchedule = Callable[[Optimizer], LRScheduler]
+
+
+def optimizer_and_schedule(
+    optimizer: Optimizer, make_schedule: MakeSchedule | None, steps: float
+) -> OptimizerLRScheduler:
+    """Return what `configure_optimizers` returns, with a schedule that is stepped every batch.
+
+    A stream of activations has no epochs.
+
+    Args:
+        optimizer: As it was made.
+        make_schedule: Makes the schedule. Default: the learning rate falls linearly to zero over
+            the run, or stays as it is if the run has no set number of steps.
+        steps: Optimizer steps of the run; infinite if it has no set number.
+    """
+    if make_schedule is not None:
+        with in_terms_of("lr_scheduler", ValueError, ZeroDivisionError):
+            schedule = make_schedule(optimizer)
+    elif math.isfinite(steps):
+        # Not LinearLR: a run resumed with more steps than before could not leave its zero.
+        schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    else:
+        return optimizer
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@contextmanager
+def in_terms_of(setting: str, *refusals: type[Exception]) -> Iterator[None]:
+    """Have what torch says of a value that it does not take name the setting it is a value of.
+
+    Args:
+        setting: What the message begins with.
+        refusals: The kinds of errors that torch refuses such values with.
+
+    Raises:
+        ValueError: In place of an error of these kinds.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except refusals as error:
+        raise UsageError(f"{setting}: {error}") from error

@@ -1,0 +1,90 @@
+"""The layout of the package: what a file may import, and how long it may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_sae
+
+PACKAGE = Path(lightning_sae.__file__).parent
+ROOMS = (
+    ("cli", "__main__"),
+    ("architectures",),
+    ("callbacks",),
+    ("sae",),
+    ("optim", "checkpoint_io", "checkpoint_format"),
+    ("core",),
+    ("sparse",),
+    ("allocation",),
+    ("selection",),
+    ("kernels", "data", "metrics"),
+    ("parallel",),
+    ("matches", "numerics", "zipf", "residual_stream", "checks", "quickstart"),
+)
+"""From the top. What stands in one line may import from each other, but for the ground."""
+
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+FILES = {
+    ".".join(("lightning_sae", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imported(name: str) -> set[str]:
+    """Return the package's files that a file imports, anywhere in it, but for type checking."""
+    tree = ast.parse(FILES[name].read_text())
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_sae"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    files = {each if each in FILES else f"{each}.__init__" for each in found}
+    return (files & FILES.keys()) - {name}
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_every_file_is_in_a_room():
+    assert {room(name) for name in FILES} - {"__init__"} == LEVEL.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_downwards(name: str):
+    if name == "lightning_sae.__init__":  # it names what is public, and only the command reads it
+        return
+    level = {"__init__": 0} | LEVEL
+    above = {each for each in imported(name) if level[room(each)] < level[room(name)]}
+    assert not above
+
+
+def test_no_two_files_import_each_other():
+    graph = {name: imported(name) for name in FILES if not name.endswith("__init__")}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for each in graph.get(name, ()):
+                visit(each, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_can_be_read_at_a_sitting(name: str):
+    lines = len(FILES[name].read_text().splitlines())
+    assert lines <= (250 if name == "lightning_sae.sae" else 300)
