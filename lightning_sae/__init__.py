@@ -1,9 +1,30 @@
-"""Sparse autoencoders on transformer activations, as PyTorch Lightning modules."""
+"""Sparse autoencoders on transformer activations, as PyTorch Lightning modules.
 
-from lightning_sae.allocation import Matches, feature_choice, mutual_choice, token_choice
+What is public is what this file names, and what the `__all__` of `lightning_sae.allocation`,
+`callbacks`, `data`, `metrics` and `zipf` does. Everything else may change without notice.
+"""
+
+from lightning_sae.allocation import (
+    Choice,
+    Matches,
+    Scores,
+    feature_choice,
+    mutual_choice,
+    threshold_choice,
+    token_choice,
+)
 from lightning_sae.architectures import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSAE
-from lightning_sae.data import ActivationDataModule, ImageActivationDataModule
-from lightning_sae.optim.chunked_adam import ChunkedAdam
+from lightning_sae.callbacks import FiniteWeights, StopOnSignal
+from lightning_sae.checkpoint_io import AtomicCheckpointIO
+from lightning_sae.checks import UsageError
+from lightning_sae.data import (
+    ActivationDataModule,
+    FrozenModelDataModule,
+    ImageActivationDataModule,
+    LanguageModel,
+    VisionModel,
+)
+from lightning_sae.optim import ChunkedAdam
 from lightning_sae.residual_stream import ResidualStream
 from lightning_sae.sae import SparseAutoencoder
 
@@ -11,17 +32,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationDataModule",
+    "AtomicCheckpointIO",
+    "Choice",
     "ChunkedAdam",
     "FeatureChoiceSAE",
+    "FiniteWeights",
+    "FrozenModelDataModule",
     "ImageActivationDataModule",
+    "LanguageModel",
     "Matches",
     "MutualChoiceSAE",
     "ResidualStream",
+    "Scores",
     "SparseAutoencoder",
     "StandardSAE",
+    "StopOnSignal",
     "TopKSAE",
+    "UsageError",
+    "VisionModel",
     "__version__",
     "feature_choice",
     "mutual_choice",
+    "threshold_choice",
     "token_choice",
 ]

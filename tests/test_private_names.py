@@ -20,6 +20,7 @@ import torchmetrics
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 
 import lightning_sae
@@ -38,6 +39,7 @@ def trainer() -> Any:
 
 
 MEAN = ["mean_value", "weight"]  # the states of a MeanMetric
+PIECE = torch.zeros(2, 2)
 PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
     "_apply": [
         # Moves and converts what a module holds, whichever of `to`, `half`, `cuda` ... is called.
@@ -47,6 +49,10 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
             lambda: parameters(torchmetrics.Metric._apply),
             ["self", "fn", "exclude_state"],
         ),
+    ],
+    "_C": [
+        # Where the context manager is that keeps results of operations from becoming subclasses.
+        ("torch", lambda: callable(torch._C.DisableTorchFunctionSubclass), True),
     ],
     "_cache": [
         # The states as they were before ranks added theirs.
@@ -73,13 +79,45 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
         # The revision of a model from a hub, whatever branch or tag it was asked for by.
         ("transformers.PreTrainedConfig", lambda: PreTrainedConfig()._commit_hash, None),
     ],
+    "_foreach_mul_": [
+        # How `clip_grad_norm_` scales gradients.
+        ("torch.ops.aten", lambda: torch.ops.aten._foreach_mul_.Tensor([PIECE], PIECE[0, 0]), None),
+    ],
+    "_foreach_norm": [
+        # How `clip_grad_norm_` measures them.
+        ("torch.ops.aten", lambda: torch.ops.aten._foreach_norm.Scalar([PIECE], 2)[0].item(), 0.0),
+    ],
+    "_foreach_zero_": [
+        # How `zero_grad(set_to_none=False)` of an optimizer clears them.
+        ("torch.ops.aten", lambda: torch.ops.aten._foreach_zero_([PIECE]), None),
+    ],
     "_instantiator": [
         # An argument that makes `load_from_checkpoint` call whatever function it names.
         ("LightningModule", lambda: "_instantiator" in inspect.getsource(saving), True),
     ],
+    "_make_wrapper_subclass": [
+        # Makes a tensor that has a shape, and no memory of its own.
+        (
+            "torch.Tensor",
+            lambda: torch.Tensor._make_wrapper_subclass(torch.Tensor, (2, 3)).shape,
+            (2, 3),
+        ),
+    ],
+    "_pytree": [
+        # Finds the tensors in whatever an operation is given.
+        (
+            "torch.utils",
+            lambda: tree_map(lambda x: x + 1, [1, (2,), {"a": 3}]),
+            [2, (3,), {"a": 4}],
+        ),
+    ],
     "_reductions": [
         # All states and how they are joined.
         ("torchmetrics.Metric", lambda: list(torchmetrics.MeanMetric()._reductions), MEAN),
+    ],
+    "_schema": [
+        # Says whether an operation changes what it is given.
+        ("torch.ops", lambda: torch.ops.aten.add_.Tensor._schema.is_mutable, True),
     ],
     "_signal_connector": [
         # Where a signal is noted that the loops look for after each step.
@@ -91,6 +129,14 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
             "torchmetrics.Metric",
             lambda: parameters(torchmetrics.Metric._sync_dist),
             ["self", "dist_sync_fn", "process_group"],
+        ),
+    ],
+    "_to_copy": [
+        # What `.to(dtype)` is.
+        (
+            "torch.ops.aten",
+            lambda: torch.ops.aten._to_copy(PIECE, dtype=torch.half).dtype,
+            torch.half,
         ),
     ],
     "_trainer": [
