@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sae.matches import Matches
 from lightning_sae.metrics import (
     L0,
     Correlation,
@@ -196,40 +195,6 @@ def test_any_split_into_batches_gives_the_same_values(sizes, seed):
         )
 
 
-def alike(tokens: int) -> dict[str, torch.Tensor]:
-    """Tokens on which totals of different metrics agree: everything fires, all is 1 or 0."""
-    return {
-        "codes": torch.ones(tokens, 7),
-        "activations": torch.zeros(tokens, 3),
-        "x": torch.zeros(tokens, 3),
-        "reconstruction": torch.ones(tokens, 3),
-        "y": torch.ones(tokens, 3),
-    }
-
-
-@pytest.mark.parametrize("first", [sample(4, seed=1), alike(1), sample(0)])
-def test_metric_collection_gives_what_each_metric_gives_alone(first):
-    batches = [first, *split(sample(9), [4, 0, 5])]
-    collection = MetricCollection(all_metrics())
-    for batch in batches:
-        collection.update(**batch)
-    together, alone = collection.compute(), values(batches)
-    assert together.keys() == alone.keys()
-    for name in alone:
-        torch.testing.assert_close(together[name], alone[name])
-    collection.reset()
-    collection.update(**batches[1])
-    for name, value in values(batches[1:2]).items():
-        torch.testing.assert_close(collection.compute()[name], value)
-
-
-def test_metric_collection_shares_only_updates_that_are_the_same():
-    collection = MetricCollection(all_metrics())
-    collection.update(**alike(1))
-    groups = sorted(sorted(group) for group in collection.compute_groups.values())
-    assert groups == [["correlation"], ["dead", "density"], ["fvu"], ["l0", "l0_std"]]
-
-
 # What torchmetrics asks of a metric, and what is asked of torchmetrics
 
 MAKE = {
@@ -269,64 +234,3 @@ def test_private_methods_are_called_as_those_they_replace(method):
         for owner in (getattr(TotalsMetric, method), getattr(Metric, method))
     )
     assert ours == theirs
-
-
-class MeanCode(TotalsMetric):
-    """A metric of somebody else, which names what it takes."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.add_total("value", dtype=torch.float64)
-        self.add_total("matches")
-
-    def update(self, codes):
-        self.add_to_totals(value=codes.value.sum(), matches=len(codes))
-
-    def compute(self):
-        return ratio(self.value, self.matches)
-
-
-class LargestActivation(Metric):
-    """Another one, which needs more than totals."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.add_state("largest", torch.tensor(-torch.inf), dist_reduce_fx="max")
-
-    def update(self, activations):
-        self.largest = self.largest.maximum(activations.max())
-
-    def compute(self):
-        return self.largest
-
-
-def test_a_collection_gives_each_metric_what_it_names():
-    collection = MetricCollection(
-        {
-            "fvu": FractionOfVarianceUnexplained(2),
-            "l0": L0(),
-            "feature_density": FeatureDensity(4),
-            "dead_fraction": DeadFeatures(4),
-            "zipf": ZipfStatistics(4),
-            "mean_code": MeanCode(),
-            "largest_activation": LargestActivation(),
-        },
-        prefix="val/",
-    )
-    token, feature = torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2])
-    activations = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
-    for value in (1.0, 3.0):
-        collection.update(
-            codes=Matches(token, feature, torch.full((3,), value), shape=(2, 4)),
-            reconstruction=activations + 1,
-            activations=activations,
-        )
-    found = collection.compute()
-    assert found.pop("val/feature_density").tolist() == [0.5, 0, 1, 0]
-    assert {name: value.item() for name, value in found.items()} == {
-        "val/fvu": (4 * 2) / (4 * 4),
-        "val/l0": 1.5,
-        "val/dead_fraction": 0.5,
-        "val/mean_code": 2,
-        "val/largest_activation": 4,
-    }  # four features have no law
