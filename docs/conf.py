@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ myst_heading_anchors = 3
 # Docstrings mark code with single backticks: a link where it names something documented here.
 default_role = "py:obj"
 add_module_names = False
+maximum_signature_line_length = 80  # longer ones have a line for each parameter
+toc_object_entries_show_parents = "hide"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -48,6 +52,13 @@ def check_public_names(app: Sphinx, env: Any) -> None:
                 logging.getLogger(__name__).warning("%s.%s is on no page", room, name)
 
 
+def mark_ends_of_code(app: Sphinx, *about: Any) -> None:
+    """Let docstrings speak of `Name`s: reStructuredText wants a mark between code and the s."""
+    lines: list[str] = about[-1]
+    lines[:] = [re.sub(r"(?<=\w)`(?=s\b)", r"`\\ ", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
     """Have Sphinx call what is above."""
+    app.connect("autodoc-process-docstring", mark_ends_of_code)
     app.connect("env-check-consistency", check_public_names)
