@@ -7,6 +7,7 @@ from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_sae
+from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, refusals
 
 __all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config"]
@@ -45,6 +46,8 @@ class Parser(LightningArgumentParser):
         with refusals(ValueError, ImportError):  # the latter if what an option needs is not there
             try:
                 return cast(Namespace, super().instantiate_classes(*args, **kwargs))
+            except UsageError:
+                raise
             except Exception as error:
                 failures.insert(0, error)
             raise failures[-1]
