@@ -195,8 +195,9 @@ class SparseAutoencoderCLI(LightningCLI):
             require_intact(path)
             if format_of(found) < FORMAT:
                 raise UsageError(
-                    f"ckpt_path={path} has an earlier format, which one device can read, and not "
-                    "several that share out the features: resume it on one, which saves it anew"
+                    f"ckpt_path={path} has format {format_of(found)}, which a "
+                    "ModelParallelStrategy cannot read: load it and save it once with "
+                    "AtomicCheckpointIO, on one device"
                 )
             self.model.on_load_checkpoint(found)
 

@@ -206,3 +206,12 @@ def test_a_schedule_that_is_none(text: Path, told):
     schedule = scheduler("OneCycleLR", max_lr=0.1, total_steps=-1)
     line = arguments(**{"data.text": text, "model.lr_scheduler": schedule})
     assert "lr_scheduler: Expected positive integer total_steps, but got -1" in told(line)
+
+
+def test_a_model_parallel_strategy_cannot_read_an_earlier_format(text: Path, told, tmp_path: Path):
+    old = Path(__file__).parents[1] / "checkpoints_format_1" / "topk.ckpt"
+    strategy = {"class_path": "ModelParallelStrategy"}
+    changes = {"trainer.strategy": json.dumps(strategy), "trainer.accelerator": "cpu"}
+    line = told(arguments(**{"data.text": text, "ckpt_path": old}, **changes))
+    assert f"ckpt_path={old} has format 1, which a ModelParallelStrategy cannot read" in line
+    assert not list(tmp_path.iterdir())
