@@ -172,7 +172,7 @@ class SparseAutoencoderCLI(LightningCLI):
         self._run("predict", **kwargs | {"return_predictions": False})
 
     def _run(self, subcommand: str, **kwargs: Any) -> None:
-        self._check_checkpoint(subcommand, kwargs["ckpt_path"])
+        self._check_checkpoint(subcommand, kwargs.get("ckpt_path"))
         with self._no_files_of_nothing(subcommand):
             getattr(self.trainer, subcommand)(**kwargs, weights_only=True)
 
