@@ -44,6 +44,7 @@ def losses(
     sae = make()
     sae.to(device)
     optimizer = adam(sae.parameters(), lr=1e-3)
+    sae.leave_gradients_in_parts(adam is ChunkedAdam)
     found = []
     for step in range(30):
         loss, _ = sae.loss(superposition(TOKENS, D_MODEL, 256, seed=step).to(device))

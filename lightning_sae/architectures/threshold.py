@@ -15,6 +15,7 @@ from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
 from lightning_sae.selection import Scores
+from lightning_sae.zipf import DYING_BELOW
 
 Scope = Literal["global", "local"]
 """Which tokens are chosen from together, under data parallelism:
@@ -61,7 +62,7 @@ class ThresholdSAE(SparseAutoencoder):
         n_features: int,
         k: int,
         *,
-        dying_below: float = 0.75,
+        dying_below: float = DYING_BELOW,
         importance: Importance = "affinity",
         scope: Scope = "global",
         **options: Any,
