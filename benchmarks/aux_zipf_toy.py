@@ -8,7 +8,7 @@ a token trains on them for 1,800 steps of 512 tokens; a feature is dead after 10
 error and dead share in threshold mode on fresh tokens (dead: no match in 16,384), the share that
 `zipf_statistics` finds dying on 65,536 (when this was run, below half of the law), and the share of
 directions that a live feature has found (cosine above 0.9). With 256 directions a third of the
-features is surplus. "One pool" is the plain form: dead and dying features share slots, and codes are
+features is surplus. "One pool" is the plain form: dead and dying features share slots, codes are
 weighted by deficits alone. "Every eighth" is `aux_zipf_loss` of 64 of the tokens.
 
     directions  seed  loss            error    dead   dying   found

@@ -21,9 +21,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedConfig
 
 import lightning_sae
+from lightning_sae.sparse import RowGradient
 
 PACKAGE = Path(lightning_sae.__file__).parent
 OF_METACLASSES = {"_abc_impl", "_backward_cls", "_is_protocol"}  # set on every class they make
@@ -75,13 +75,13 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
         # An argument that checkpoints of its command line have.
         ("LightningCLI", lambda: "_class_path" in source(LightningCLI), True),
     ],
-    "_commit_hash": [
-        # The revision of a model from a hub, whatever branch or tag it was asked for by.
-        ("transformers.PreTrainedConfig", lambda: PreTrainedConfig()._commit_hash, None),
-    ],
     "_foreach_mul_": [
         # How `clip_grad_norm_` scales gradients.
-        ("torch.ops.aten", lambda: torch.ops.aten._foreach_mul_.Tensor([PIECE], PIECE[0, 0]), None),
+        (
+            "torch.ops.aten",
+            lambda: torch.ops.aten._foreach_mul_.Tensor([PIECE], torch.ones(())),
+            None,
+        ),
     ],
     "_foreach_norm": [
         # How `clip_grad_norm_` measures them.
@@ -99,7 +99,7 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
         # Makes a tensor that has a shape, and no memory of its own.
         (
             "torch.Tensor",
-            lambda: torch.Tensor._make_wrapper_subclass(torch.Tensor, (2, 3)).shape,
+            lambda: torch.Tensor._make_wrapper_subclass(RowGradient, (2, 3)).shape,
             (2, 3),
         ),
     ],
@@ -129,14 +129,6 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
             "torchmetrics.Metric",
             lambda: parameters(torchmetrics.Metric._sync_dist),
             ["self", "dist_sync_fn", "process_group"],
-        ),
-    ],
-    "_to_copy": [
-        # What `.to(dtype)` is.
-        (
-            "torch.ops.aten",
-            lambda: torch.ops.aten._to_copy(PIECE, dtype=torch.half).dtype,
-            torch.half,
         ),
     ],
     "_trainer": [

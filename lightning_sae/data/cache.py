@@ -8,15 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_sae.checks import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 __all__ = ["ActivationCache", "model_fingerprint"]
 
@@ -81,20 +77,24 @@ class ActivationCache:
             temporary.unlink(missing_ok=True)
 
 
-def model_fingerprint(path: str, config: PretrainedConfig, revision: str) -> str:
+def model_fingerprint(path: str, revision: str) -> str:
     """Return what tells a model's weights from all others, as 16 hexadecimal digits.
 
     Args:
-        path: Folder (then its weight files are hashed) or hub id (then the commit counts).
-        config: The model's configuration as `AutoConfig` read it.
+        path: Folder (then its weight files are hashed) or hub id (then the commit counts, which is
+            that of the configuration in the hub's own cache, whatever branch or tag it was got by).
         revision: Revision asked for.
     """
+    from huggingface_hub import try_to_load_from_cache  # of transformers' own dependencies
+
     digest = hashlib.sha256()
     if Path(path).is_dir():
         for file in sorted([*Path(path).glob("*.safetensors"), Path(path) / "config.json"]):
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
     else:
-        commit = getattr(config, "_commit_hash", None) or revision
+        # A file lies in a folder named after its commit: `revision` may be a branch that moves.
+        config = try_to_load_from_cache(path, "config.json", revision=revision)
+        commit = Path(config).parent.name if isinstance(config, str) else revision
         digest.update(f"{path}@{commit}".encode())
     return digest.hexdigest()[:16]

@@ -129,7 +129,8 @@ class FrozenModel(ABC):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return model_fingerprint(self._path, self._config_saved, self._revision)
+        _ = self._config_saved  # first, so that the cache of the hub has it
+        return model_fingerprint(self._path, self._revision)
 
     def _from_pretrained(self, auto_class: Any, **options: Any) -> Any:
         with self._one_line_errors():

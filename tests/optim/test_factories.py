@@ -1,0 +1,46 @@
+"""Optimizers and schedules as users name them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_sae.checks import UsageError
+from lightning_sae.optim.factories import in_terms_of, optimizer_and_schedule
+
+
+@pytest.fixture
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+
+
+def test_by_default_the_rate_falls_linearly_to_zero_and_never_below(optimizer):
+    configured = optimizer_and_schedule(optimizer, None, steps=4)
+    assert configured["optimizer"] is optimizer
+    assert configured["lr_scheduler"]["interval"] == "step"
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        configured["lr_scheduler"]["scheduler"].step()
+    assert rates == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_in_a_run_of_no_set_length_the_rate_stays(optimizer):
+    assert optimizer_and_schedule(optimizer, None, math.inf) is optimizer
+
+
+def test_a_schedule_that_torch_refuses_names_the_setting(optimizer):
+    def schedule(of: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.ConstantLR(of, factor=-1)
+
+    with pytest.raises(UsageError, match=r"^lr_scheduler: Constant multiplicative factor"):
+        optimizer_and_schedule(optimizer, schedule, steps=4)
+
+
+@pytest.mark.parametrize("error", [UsageError("told already"), KeyError("a bug")])
+def test_other_errors_pass_as_they_are(error: Exception):
+    with pytest.raises(type(error)) as caught, in_terms_of("optimizer", ValueError):
+        raise error
+    assert caught.value is error
