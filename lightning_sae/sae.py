@@ -102,9 +102,8 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
     @property
     def feature_density(self) -> FeatureDensity | None:
         """The densities of the validation or test under way, or of the last one."""
-        if not self._metrics or "feature_density" not in self._metrics[0]:
-            return None
-        return cast(FeatureDensity, self._metrics[0]["feature_density"])
+        metrics = dict(self._metrics[0].items(copy_state=False)) if self._metrics else {}
+        return cast("FeatureDensity | None", metrics.get("feature_density"))
 
     def on_validation_epoch_start(self) -> None:
         """Measure afresh."""
