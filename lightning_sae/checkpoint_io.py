@@ -131,9 +131,11 @@ def in_present_format(path: Any) -> Any:
 
     Raises:
         UsageError: It is damaged, of a later format, or not of an SAE.
+        FileNotFoundError: It does not exist.
     """
     if not isinstance(path, str | Path) or "://" in str(path):
         return path
+    path = Path(path).expanduser()
     if format_of(open_checkpoint(path)) == FORMAT:
         return path
     upgraded = io.BytesIO()
@@ -150,11 +152,14 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UsageError: It is no checkpoint, or is cut short.
+        FileNotFoundError: It does not exist.
     """
     try:
         _require_no_larger_inside(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         complete = isinstance(found["state_dict"], dict)
+    except FileNotFoundError:
+        raise
     except Exception:  # there is no end to what broken files raise
         complete = False
     if not complete:

@@ -26,6 +26,7 @@ from lightning_sae.metrics import (
     TokenCount,
     ZipfStatistics,
 )
+from lightning_sae.metrics.collection import collect, figures
 from lightning_sae.optim.chunked_adam import ChunkedAdam, require_all_tokens
 from lightning_sae.optim.clipping import clip_fused
 from lightning_sae.optim.factories import (
@@ -107,7 +108,7 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Measure afresh."""
-        self._metrics = [MetricCollection({**self.configure_metrics()}).to(self.device)]
+        self._metrics = [collect(self.configure_metrics()).to(self.device)]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update the metrics with a batch of held-out activations."""
@@ -131,10 +132,8 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
-        figures = self._metrics[0].compute() | self.threshold_statistics()
-        for name, value in figures.items():
-            if value.dim() == 0:
-                self.log(f"{stage}/{name}", value.float())
+        for name, value in (figures(self._metrics[0]) | self.threshold_statistics()).items():
+            self.log(f"{stage}/{name}", value.float())
 
     # The Trainer's other steps
 

@@ -131,6 +131,10 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
             ["self", "dist_sync_fn", "process_group"],
         ),
     ],
+    "_version": [
+        # How often a tensor has changed in place; torch's notes on autograd name it.
+        ("torch.Tensor", lambda: torch.zeros(2).add_(1)._version, 1),
+    ],
     "_trainer": [
         # None in a plain loop, where `trainer` raises.
         ("LightningModule", lambda: pl.LightningModule()._trainer, None),

@@ -1,6 +1,7 @@
 """Training with features shared out over processes is training with all of them on one."""
 
 import contextlib
+import copy
 import re
 import subprocess
 import sys
@@ -281,6 +282,20 @@ def test_dead_features_are_resampled_where_they_are():
     expected = resample(0)
     for found in run_on(2, resample):
         torch.testing.assert_close(found, expected)
+
+
+def copied(process: int) -> None:
+    sae = MutualChoiceSAE(8, FEATURES, 3)
+    x = superposition(TOKENS, 8, n_features=16, seed=0)
+    with shared_out(sae):
+        sae.loss(x)
+        again = copy.deepcopy(sae)
+        torch.testing.assert_close(again.encode(x), sae.encode(x))
+        torch.testing.assert_close(again.loss(x)[0], sae.loss(x)[0])
+
+
+def test_copies_have_the_same_share():
+    run_on(2, copied)
 
 
 def count_tokens(process: int) -> int:

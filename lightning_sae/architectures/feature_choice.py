@@ -27,7 +27,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     one match a batch, so that a feature fires in every batch in which its affinity is positive
     anywhere.
 
-    In `eval()` mode one threshold a feature takes the place of the batch: the one above which the
+    In inference one threshold a feature takes the place of the batch: the one above which the
     feature fires as often as its budget allows. It is tracked in training: it rises while more
     tokens are above it than the budget has matches, and falls while there are fewer.
 
@@ -117,7 +117,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         if stage == "fit" and self.start_from is not None and self.trainer.ckpt_path is None:
             try:
                 self.take_over(read_checkpoint(self.start_from)["state_dict"])
-            except UsageError as error:
+            except (UsageError, OSError) as error:
                 raise UsageError(f"start_from={self.start_from}: {error}") from None
 
     def prepare(self, x: Tensor) -> None:
@@ -200,11 +200,13 @@ class FeatureChoiceSAE(ThresholdSAE):
         )
 
     def _first_phase_is_over(self) -> bool:
-        tokens, over = self.mutual_choice_tokens, None
-        if tokens is None and self.mutual_choice_share > 0:
-            over = self.share_is_over(self.mutual_choice_share)
-            tokens = self.history.dead_after_tokens  # if nobody knows
-        return int(self.history.tokens_seen) >= (tokens or 0) if over is None else over
+        seen = int(self.history.tokens_seen)
+        if self.mutual_choice_tokens is not None:
+            return seen >= self.mutual_choice_tokens
+        if self.mutual_choice_share == 0:
+            return True
+        over = self.share_is_over(self.mutual_choice_share)
+        return seen >= self.history.dead_after_tokens if over is None else over
 
     def _require_enough(self, tokens: int) -> None:
         total = self.k * tokens
@@ -220,9 +222,11 @@ class FeatureChoiceSAE(ThresholdSAE):
     def observe(self, scores: Scores, choice: Choice) -> None:
         """Move each threshold towards the one that as many tokens pass as the budget allows."""
         ranks = self.layout.ranks
-        if not self.choosing or choice.passing is None:
+        if not self.choosing:
             super().observe(scores, choice)
             return
+        if choice.passing is None:
+            raise TypeError("a choice by features must count the tokens that pass thresholds")
         budgets = self.budgets_for(ranks.count(scores, scores.device)).to(self.threshold)
         if self.threshold.isnan().any():  # features choose from the start
             self.threshold.copy_(self._midpoints(scores, budgets))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -145,7 +146,8 @@ class Autoencoder(Dictionary, ABC):
                 learned.
         """
         matches = self.match(x.reshape(-1, x.shape[-1]))
-        return (self.reconstruct(matches) / self.input_scale).to(x.dtype).view(x.shape)
+        reconstruction = self.reconstruct(matches) / self.input_scale
+        return _typed_as(reconstruction, x).view(x.shape)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense codes, shape (..., n_features), of activations (..., d_model).
@@ -153,7 +155,7 @@ class Autoencoder(Dictionary, ABC):
         In the dtype of the activations. Raises as `forward` does.
         """
         codes = self.match(x.reshape(-1, x.shape[-1])).to_dense()
-        return codes.to(x.dtype).view(*x.shape[:-1], self.n_features)
+        return _typed_as(codes, x).view(*x.shape[:-1], self.n_features)
 
     def match(self, x: Tensor) -> Matches:
         """Return the matches of activations (tokens, d_model): `encode` without the zeros.
@@ -239,6 +241,24 @@ class Autoencoder(Dictionary, ABC):
             chosen = chosen.with_values(self.affinities_of(scaled, chosen))
         return self.with_gradient(scaled, chosen)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move buffers between devices, but keep them in float32 when weights become 16-bit.
+
+        Overridden as torch's own modules do; `Module.to` and its kin all come here.
+        """
+        exact = {
+            (module, name): buffer
+            for module in (self, self.history)
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.dtype == torch.float32
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        for (module, name), buffer in exact.items():
+            moved = getattr(module, name)
+            if moved.dtype != torch.float32:
+                setattr(module, name, buffer.to(moved.device))
+        return self
+
     @contextmanager
     def _choosing(self) -> Iterator[None]:
         try:
@@ -263,3 +283,7 @@ class Autoencoder(Dictionary, ABC):
             "dead_fraction": self.history.dead().float().mean(),
             **self.threshold_statistics(),
         }
+
+
+def _typed_as(result: Tensor, x: Tensor) -> Tensor:
+    return result.to(x.dtype) if x.is_floating_point() else result

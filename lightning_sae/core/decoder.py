@@ -50,7 +50,9 @@ def _norms(rows: Tensor) -> Tensor:
 def _with_unit_norms(
     decoder: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    weight = state_dict[f"{prefix}weight"]
+    weight = state_dict.get(f"{prefix}weight")  # none if it is parametrised
+    if weight is None or weight.is_meta:
+        return
     rows = local(weight)
     norms = _norms(wide(rows))
     # Rows that were normalised stay as they are, bit for bit: what is left is rounding.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class Dictionary(nn.Module):
         self.register_buffer("input_scale", torch.tensor(1.0, dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
         self._gradient_form = GradientForm()
+        self._hooked: tuple[Tensor, ...] = ()
         self._hook_gradients()
 
     @property
@@ -173,7 +174,7 @@ class Dictionary(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Return the activations (..., d_model) that codes (..., n_features) stand for.
 
-        In the dtype of the codes.
+        In the dtype of the codes if that is a floating-point type.
         """
         share = self.layout.share
         with torch.autocast(codes.device.type, enabled=False):
@@ -182,7 +183,7 @@ class Dictionary(nn.Module):
             (same,) = share.fan_out(codes)
             own = same[..., share.here].to(directions.dtype)
             x = (share.sum(own @ directions) + origin) / self.input_scale
-        return x.to(codes.dtype)
+        return x.to(codes.dtype) if codes.is_floating_point() else x
 
     @torch.no_grad()
     def affinities_of(self, scaled: Tensor, matches: Matches) -> Tensor:
@@ -223,7 +224,8 @@ class Dictionary(nn.Module):
             weight, bias, origin = self._encoder()
             x, origin = share.fan_out(scaled, origin)
             own = share.own(matches)
-            values = matched_affinities(x, origin, weight, bias, own, in_parts=True)
+            in_parts = self._in_parts(self.encoder.weight)
+            values = matched_affinities(x, origin, weight, bias, own, in_parts=in_parts)
         return matches.with_values(share.put(values, matches))
 
     def sum_directions(self, matches: Matches) -> Tensor:
@@ -235,7 +237,8 @@ class Dictionary(nn.Module):
         share = self.layout.share
         with torch.autocast(matches.value.device.type, enabled=False):
             (weight,) = wide_rows(self.decoder.weight)
-            return share.sum(sum_directions(share.own(matches), weight, in_parts=True))
+            in_parts = self._in_parts(self.decoder.weight)
+            return share.sum(sum_directions(share.own(matches), weight, in_parts=in_parts))
 
     def reconstruct(self, matches: Matches) -> Tensor:
         """Return the scaled activations (tokens, d_model) that matches stand for."""
@@ -251,29 +254,16 @@ class Dictionary(nn.Module):
             raise UsageError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
 
     def _hook_gradients(self) -> None:
-        for matrix in (self.encoder.weight, self.decoder.weight):
-            if matrix.requires_grad:
-                matrix.register_hook(self._gradient_form)
+        matrices = self.encoder.weight, self.decoder.weight
+        self._hooked = tuple(matrix for matrix in matrices if matrix.requires_grad)
+        for matrix in self._hooked:
+            matrix.register_hook(self._gradient_form)
+
+    def _in_parts(self, matrix: Tensor) -> bool:
+        """Return whether terms may leave its gradient in parts: a hook meets them, or who asked."""
+        return self._gradient_form.in_parts or any(matrix is hooked for hooked in self._hooked)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook the parameters of a copy: copying and pickling leave hooks of tensors out."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._hook_gradients()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move buffers between devices, but keep them in float32 when weights become 16-bit.
-
-        Overridden as torch's own modules do; `Module.to` and its kin all come here.
-        """
-        exact = {
-            (module, name): buffer
-            for module in (self.modules() if recurse else [self])
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.dtype == torch.float32
-        }
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        for (module, name), buffer in exact.items():
-            moved = getattr(module, name)
-            if moved.dtype != torch.float32:
-                setattr(module, name, buffer.to(moved.device))
-        return self

@@ -20,8 +20,9 @@ class ChunkedAdam(torch.optim.Adam):
 
     It makes the steps of `torch.optim.Adam(fused=True)`, up to rounding, and has the same state in
     checkpoints. Where gradients come in parts, as `SparseAutoencoder.leave_gradients_in_parts` has
-    them come (a Trainer asks for it by itself), one as large as the weights is never in memory; all
-    others are stepped by as Adam steps. It takes no `GradScaler`, which could not see them.
+    them come (a Trainer asks for it by itself), it makes none that is as large as the weights; all
+    others are stepped by as Adam steps. It takes no `GradScaler`, which leaves to fused optimizers
+    the work of scaling back.
 
     Args:
         params: Parameters, or groups of them, on one device or with features shared out.
@@ -49,7 +50,7 @@ class ChunkedAdam(torch.optim.Adam):
             ValueError: If a `GradScaler` steps it.
         """
         if getattr(self, "found_inf", None) is not None:
-            raise UsageError("ChunkedAdam takes no GradScaler, which cannot see gradients in parts")
+            raise UsageError("ChunkedAdam takes no GradScaler: it does not scale gradients back")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -76,7 +77,7 @@ class ChunkedAdam(torch.optim.Adam):
 
 
 def require_all_tokens(trainer: Any, devices: int) -> None:
-    """Refuse what does not see gradients in parts: data parallelism, and gradient scalers.
+    """Refuse what would form gradients, data parallelism, and what scales them.
 
     Args:
         trainer: Lightning's.

@@ -42,4 +42,4 @@ class Layout:
             ValueError: If there are more processes than features.
         """
         share = share_features(n_features, mesh["tensor_parallel"])
-        return cls(share, Ranks(mesh["data_parallel"].get_group()))
+        return cls(share, Ranks(mesh["data_parallel"]))

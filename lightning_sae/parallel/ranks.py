@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Ranks", "all_gather", "all_reduce", "processes", "ranks_of"]
 
@@ -27,10 +28,15 @@ class Ranks:
     torch.distributed is not initialised there is one rank, and nothing is sent.
 
     Args:
-        group: Their process group. None: all processes there are, at the time of a call.
+        mesh: Those of them, one-dimensional. None: all processes there are, at the time of a call.
     """
 
-    group: Any = None
+    mesh: DeviceMesh | None = None  # not its group, which cannot be copied or pickled
+
+    @property
+    def group(self) -> Any:
+        """Their process group; None for all processes."""
+        return None if self.mesh is None else self.mesh.get_group()
 
     @property
     def size(self) -> int:
@@ -90,7 +96,7 @@ def ranks_of(trainer: Any) -> Ranks:
     A `ModelParallelStrategy` has a mesh of devices, along one side of which tokens differ.
     """
     mesh = getattr(getattr(trainer, "strategy", None), "device_mesh", None)
-    return Ranks() if mesh is None else Ranks(mesh["data_parallel"].get_group())
+    return Ranks() if mesh is None else Ranks(mesh["data_parallel"])
 
 
 def processes() -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from lightning_sae.sparse.decode import sum_directions
 from lightning_sae.sparse.encode import EncoderScores, matched_affinities
-from lightning_sae.sparse.row_gradient import GradientForm, RowGradient
+from lightning_sae.sparse.gradient_form import GradientForm
+from lightning_sae.sparse.row_gradient import RowGradient
 from lightning_sae.sparse.rows import dot_rows
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightning_sae.matches import Matches
-from lightning_sae.sparse.row_gradient import gradient_of
+from lightning_sae.sparse.gradient_form import gradient_of
 from lightning_sae.sparse.row_sums import RowSums
 from lightning_sae.sparse.rows import is_dense, sum_rows
 

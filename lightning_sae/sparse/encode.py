@@ -11,7 +11,7 @@ from lightning_sae.kernels import block_maxima, has_kernel, pairs_above
 from lightning_sae.matches import Matches, Pairs
 from lightning_sae.parallel.share import Share
 from lightning_sae.selection import Scores, Search
-from lightning_sae.sparse.row_gradient import gradient_of
+from lightning_sae.sparse.gradient_form import gradient_of
 from lightning_sae.sparse.row_sums import RowSums
 from lightning_sae.sparse.rows import is_dense, sum_rows
 

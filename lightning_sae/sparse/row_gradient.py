@@ -10,19 +10,25 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map  # private in name: torch's docs on subclasses use it
 
-from lightning_sae.parallel.share import distributed_like, local
 from lightning_sae.sparse.row_sums import RowSums, rows_at_a_time
 
-__all__ = ["GradientForm", "RowGradient", "gradient_of"]
+__all__ = ["RowGradient"]
 
 aten = torch.ops.aten
 
 
 @dataclass
 class _Content:
-    """What a gradient and its aliases share: parts to be added up, or the tensor they made."""
+    """What a gradient and its aliases share: parts to be added up, or the tensor they made.
+
+    Attributes:
+        parts: Sums for the same features.
+        plain: What has been added to them that never was in parts.
+        whole: All of it together, once it is formed.
+    """
 
     parts: list[RowSums]
+    plain: Tensor | None = None
     whole: Tensor | None = None
 
 
@@ -70,15 +76,21 @@ class RowGradient(Tensor):
         """Return the whole of it, shape (features, width), which it is from then on."""
         content = self.content
         if content.whole is None:
-            if content.parts:
-                content.whole = RowSums.merged(content.parts).dense().to(self.dtype)
-            else:
-                content.whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-            content.parts = []
+            total = None
+            for parts in self._by_direction():
+                sums = RowSums.merged(parts).dense()
+                total = sums if total is None else total.add_(sums)
+            if total is None:
+                total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            total = total.to(self.dtype)
+            content.whole = total if content.plain is None else total.add_(content.plain)
+            content.parts, content.plain = [], None
         return content.whole
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield all rows of a gradient in parts, a few at a time, and which features they are."""
+        for part in self.content.parts:
+            part.require_same_weights()  # which may change chunk by chunk from now on
         features, width = self.shape
         step = rows_at_a_time(self.device)
         for start in range(0, features, step):
@@ -87,7 +99,19 @@ class RowGradient(Tensor):
             total = sums[0] if sums else torch.zeros(rows.stop - start, width, device=self.device)
             for other in sums[1:]:
                 total += other
+            if self.content.plain is not None:
+                total += self.content.plain[rows]
             yield rows, total.to(self.dtype)
+
+    def _by_direction(self) -> list[list[RowSums]]:
+        """Return parts in lists that are made orthogonal to the same rows."""
+        groups: dict[Any, list[RowSums]] = {}
+        for part in self.content.parts:
+            part.require_same_weights()
+            along = part.along
+            key = None if along is None else (along.data_ptr(), along.dtype)
+            groups.setdefault(key, []).append(part)
+        return list(groups.values())
 
     @classmethod
     def __torch_function__(
@@ -112,32 +136,6 @@ class RowGradient(Tensor):
         return args[0] if in_place else result
 
 
-def gradient_of(sums: RowSums, *, in_parts: bool) -> Tensor:
-    """Return a gradient, whole unless it may be in parts and these are smaller than all of it."""
-    features, tokens = len(sums.starts) - 1, len(sums.table)
-    return RowGradient.of(sums) if in_parts and tokens < features else sums.dense()
-
-
-class GradientForm:
-    """A hook on a parameter, by which its gradient comes as a plain tensor or is left in parts.
-
-    It is called with what all terms of a loss have added up to, before that is accumulated.
-
-    Attributes:
-        in_parts: Whether to leave it in parts, where it comes so.
-    """
-
-    def __init__(self) -> None:
-        self.in_parts = False
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Return a gradient in the form that is wanted, features shared out as they were."""
-        own = local(gradient)
-        if self.in_parts or not isinstance(own, RowGradient):
-            return gradient
-        return distributed_like(gradient, own.form())
-
-
 def _formed(value: Any) -> Any:
     return value.form() if isinstance(value, RowGradient) else value
 
@@ -146,12 +144,12 @@ def _are_parts(*values: Any) -> bool:
     return all(isinstance(value, RowGradient) and value.in_parts for value in values)
 
 
-def _with_parts(gradient: RowGradient, parts: list[RowSums]) -> RowGradient:
-    return RowGradient(_Content(parts), gradient.shape, gradient.dtype, gradient.device)
+def _with_content(gradient: RowGradient, content: _Content) -> RowGradient:
+    return RowGradient(content, gradient.shape, gradient.dtype, gradient.device)
 
 
 def _alias(gradient: RowGradient) -> RowGradient:
-    return RowGradient(gradient.content, gradient.shape, gradient.dtype, gradient.device)
+    return _with_content(gradient, gradient.content)
 
 
 def _view(gradient: RowGradient, size: Sequence[int]) -> Any:
@@ -159,50 +157,82 @@ def _view(gradient: RowGradient, size: Sequence[int]) -> Any:
 
 
 def _clone(gradient: RowGradient, **_: Any) -> Any:
-    parts = gradient.content.parts
-    return _with_parts(gradient, parts.copy()) if _are_parts(gradient) else NotImplemented
+    return _with_content(gradient, _times(gradient, 1)) if _are_parts(gradient) else NotImplemented
 
 
 def _to_copy(gradient: RowGradient, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
     if not _are_parts(gradient) or (device is not None and device != gradient.device):
         return NotImplemented
     # Parts stay in their own dtype until they are added up.
-    content = _Content(gradient.content.parts.copy())
-    return RowGradient(content, gradient.shape, dtype or gradient.dtype, gradient.device)
+    content, dtype = _times(gradient, 1), dtype or gradient.dtype
+    return RowGradient(content, gradient.shape, dtype, gradient.device)
 
 
 def _add(one: Any, other: Any, *, alpha: float = 1) -> Any:
-    if not _are_parts(one, other) or alpha != 1:
+    """Add two gradients, at least one of them in parts."""
+    first = one if _are_parts(one) else other
+    if not _are_parts(first) or alpha != 1 or not _alike(one, other):
         return NotImplemented
-    return _with_parts(one, one.content.parts + other.content.parts)
+    total = _with_content(first, _times(first, 1))
+    second = other if first is one else one
+    return total if _take_in(total.content, second) else NotImplemented
 
 
 def _add_(one: Any, other: Any, *, alpha: float = 1) -> Any:
-    if not _are_parts(one, other) or alpha != 1:
+    """Add a gradient to one in parts."""
+    if not _are_parts(one) or alpha != 1 or not _alike(one, other):
         return NotImplemented
-    one.content.parts += other.content.parts
-    return one
+    return one if _take_in(one.content, other) else NotImplemented
 
 
-def _scaled(parts: list[RowSums], factor: Tensor | float) -> list[RowSums]:
-    return [replace(part, weight=(part.weight * factor).to(part.weight)) for part in parts]
+def _alike(one: Any, other: Any) -> bool:
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and one.shape == other.shape and one.dtype == other.dtype
+
+
+def _take_in(content: _Content, other: Any) -> bool:
+    """Add another gradient to a content, and return whether that was worth while."""
+    if not _are_parts(other):
+        plain = _formed(other)
+        content.plain = plain.clone() if content.plain is None else content.plain + plain
+        return True
+    # A loss has up to four terms; more parts are those of an accumulation, and may become more
+    # than the gradient itself.
+    features = len(other)
+    if sum(len(part.table) for part in content.parts + other.content.parts) > 4 * features:
+        return False
+    content.parts = content.parts + other.content.parts
+    if other.content.plain is not None:
+        _take_in(content, other.content.plain)
+    return True
+
+
+def _times(gradient: RowGradient, factor: Tensor | float) -> _Content:
+    """Return the content of a gradient in parts, times a number."""
+    content = gradient.content
+    if isinstance(factor, int) and factor == 1:
+        return _Content(content.parts.copy(), content.plain)
+    parts = [replace(part, weight=(part.weight * factor).to(part.weight)) for part in content.parts]
+    return _Content(parts, None if content.plain is None else content.plain * factor)
 
 
 def _mul(one: Any, other: Any) -> Any:
     if not _are_parts(one) or (isinstance(other, Tensor) and other.dim() > 0):
         return NotImplemented
-    return _with_parts(one, _scaled(one.content.parts, other))
+    return _with_content(one, _times(one, other))
 
 
 def _mul_(one: Any, other: Any) -> Any:
     if not _are_parts(one) or (isinstance(other, Tensor) and other.dim() > 0):
         return NotImplemented
-    one.content.parts = _scaled(one.content.parts, other)
+    content = _times(one, other)
+    one.content.parts, one.content.plain = content.parts, content.plain
     return one
 
 
 def _zero_(gradient: RowGradient) -> RowGradient:
-    gradient.content.parts, gradient.content.whole = [], None
+    content = gradient.content
+    content.parts, content.plain, content.whole = [], None, None
     return gradient
 
 
@@ -213,9 +243,14 @@ def _norm(gradient: Any, ord: Any = 2, *others: Any, **options: Any) -> Any:  # 
     return torch.stack(squares).sum().sqrt()
 
 
+def _plain_norm(tensor: Tensor, ord: Any = 2, dtype: Any = None) -> Tensor:  # noqa: A002
+    norm: Tensor = torch.linalg.vector_norm(tensor, ord, dtype=dtype)
+    return norm
+
+
 def _on_each(operation: Any) -> Callable[..., list[Tensor]]:
     """Return what a foreach operation does, one tensor after another; each finds its own way."""
-    return lambda tensors, *args: [operation(tensor, *args) for tensor in tensors]
+    return lambda tensors, *args, **kwargs: [operation(each, *args, **kwargs) for each in tensors]
 
 
 def _on_each_in_place(operation: Any) -> Callable[..., None]:
@@ -237,7 +272,7 @@ _ON_PARTS: dict[Any, Callable[..., Any]] = {
     aten.mul_.Tensor: _mul_,
     aten.zero_.default: _zero_,
     aten.linalg_vector_norm.default: _norm,
-    aten._foreach_norm.Scalar: _on_each(torch.linalg.vector_norm),
+    aten._foreach_norm.Scalar: _on_each(_plain_norm),
     aten._foreach_mul_.Tensor: _on_each_in_place(Tensor.mul_),
     aten._foreach_zero_.default: _on_each_in_place(Tensor.zero_),
 }

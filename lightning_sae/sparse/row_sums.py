@@ -27,7 +27,8 @@ class RowSums:
         weight: What it is multiplied by, shape (matches,).
         starts: At which match each feature starts, and their number, int64, (features + 1,).
         along: If given, a matrix to whose rows those of the sum are made orthogonal, shape
-            (features, width).
+            (features, width). It must not change before the rows are added up.
+        version: How often that had changed when this was made.
     """
 
     table: Tensor
@@ -35,6 +36,7 @@ class RowSums:
     weight: Tensor
     starts: Tensor
     along: Tensor | None
+    version: int
 
     @classmethod
     def of(
@@ -50,7 +52,21 @@ class RowSums:
         """
         token, feature, order = matches.by_feature
         features = torch.arange(matches.shape[1] + 1, device=feature.device)
-        return cls(table, token, weight[order], torch.searchsorted(feature, features), along)
+        starts = torch.searchsorted(feature, features)
+        version = 0 if along is None else along._version  # as autograd itself would check it
+        return cls(table, token, weight[order], starts, along, version)
+
+    def require_same_weights(self) -> None:
+        """Raise if what the rows are made orthogonal to has changed.
+
+        Raises:
+            RuntimeError: If it has: a gradient is that of the weights it was computed with.
+        """
+        if self.along is not None and self.along._version != self.version:
+            raise RuntimeError(
+                "the weights have changed since this gradient was left in parts: look at it before "
+                "the optimizer steps, and clear it (zero_grad) before the next backward pass"
+            )
 
     @classmethod
     def merged(cls, parts: Sequence[RowSums]) -> RowSums:
@@ -74,7 +90,7 @@ class RowSums:
             for entries in (torch.cat(tokens), torch.cat(weights))
         )
         table = torch.cat([part.table for part in parts])
-        return cls(table, token, weight, starts, parts[0].along)
+        return cls(table, token, weight, starts, parts[0].along, parts[0].version)
 
     def dense(self) -> Tensor:
         """Return the sums of all features, shape (features, width)."""

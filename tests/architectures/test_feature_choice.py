@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from lightning_sae.allocation import Choice, Scores
 from lightning_sae.zipf import fit_zipf
 from tests.helpers.architectures import affinities, chosen
 from tests.helpers.superposition import superposition
@@ -170,6 +171,22 @@ def test_starts_from_a_checkpoint_of_any_architecture(architecture: type, tmp_pa
     sae.loss(superposition(512, 8, n_features=16, seed=30))
     order = first.history.density.argsort(descending=True, stable=True)
     assert (sae.target_density[order].diff() <= 0).all()
+
+
+def test_a_rule_of_one_s_own_must_count_what_passes_thresholds():
+    class Uncounted(FeatureChoiceSAE):
+        def choose(self, scores: Scores) -> Choice:
+            return Choice(super().choose(scores).matches)
+
+    with pytest.raises(TypeError, match="must count the tokens that pass"):
+        Uncounted(8, 24, 3, mutual_choice_share=0).loss(superposition(64, 8, 16, seed=0))
+
+
+def test_a_checkpoint_that_is_not_there_is_told(tmp_path: Path):
+    sae = from_scratch(start_from=str(tmp_path / "none.ckpt"))
+    sae._trainer = SimpleNamespace(ckpt_path=None)
+    with pytest.raises(ValueError, match=r"^start_from=.*none\.ckpt: .*No such file"):
+        sae.setup("fit")
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])

@@ -39,6 +39,14 @@ def test_rows_that_have_unit_norm_are_saved_as_they_are():
         assert decoder.state_dict()["weight"].data_ptr() == decoder.weight.data_ptr()
 
 
+def test_a_decoder_without_memory_or_weights_has_a_state_dict():
+    with torch.device("meta"):
+        assert TopKSAE(4, 8, 2).state_dict()["decoder.weight"].is_meta
+    decoder = Decoder(4, 3)
+    nn.utils.parametrize.register_parametrization(decoder, "weight", nn.Identity())
+    assert "parametrizations.weight.original" in decoder.state_dict()
+
+
 def test_a_row_of_zeros_stays():
     decoder = Decoder(4, 3)
     decoder.weight.data[1] = 0

@@ -132,6 +132,21 @@ def test_gradients_are_plain_tensors_unless_parts_are_wanted():
         assert gradients(each) == {torch.Tensor}
 
 
+def test_gradients_are_plain_where_no_hook_could_make_them_so():
+    sae, x = TopKSAE(D_MODEL, 300, 2), activations(40)
+    sae.loss(x)[0].backward()
+    expected = sae.decoder.weight.grad
+    frozen = copy.deepcopy(sae.requires_grad_(False)).requires_grad_()
+    assigned = TopKSAE(D_MODEL, 300, 2)
+    assigned.load_state_dict(sae.requires_grad_().state_dict(), assign=True)
+    assigned.requires_grad_()
+    for each in (frozen, assigned):
+        each.zero_grad()
+        each.loss(x)[0].backward()
+        assert type(each.decoder.weight.grad) is torch.Tensor
+        torch.testing.assert_close(each.decoder.weight.grad, expected)
+
+
 @pytest.mark.parametrize("in_parts", [True, False])
 def test_an_optimizer_that_was_dropped_leaves_nothing_behind(in_parts: bool):
     """What another optimizer then does is what it would have done alone."""
@@ -177,3 +192,9 @@ def test_what_goes_in_comes_out_in_the_same_type(make, dtype: torch.dtype):
         assert codes.dtype == sae.decode(codes).dtype == sae(x).dtype == dtype
         assert codes.shape == (*x.shape[:-1], N_FEATURES)
         assert sae(x).shape == x.shape
+
+
+def test_the_direction_of_a_feature_is_the_code_that_is_one():
+    sae = TopKSAE(8, 16, 2)
+    one_hot = torch.nn.functional.one_hot(torch.tensor([3]), 16)  # integers
+    torch.testing.assert_close(sae.decode(one_hot), sae.decoder.weight[3:4] + 0)

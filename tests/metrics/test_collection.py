@@ -13,6 +13,7 @@ from lightning_sae.metrics import (
     TotalsMetric,
     ZipfStatistics,
 )
+from lightning_sae.metrics.collection import collect, figures
 from lightning_sae.numerics import ratio
 from tests.metrics.samples import all_metrics, sample, split, values
 
@@ -110,3 +111,48 @@ def test_a_collection_gives_each_metric_what_it_names():
         "val/mean_code": 2,
         "val/largest_activation": 4,
     }  # four features have no law
+
+
+class Rare(TotalsMetric):
+    """Codes above a bound: rare events, of which a first batch may have none."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+        self.add_total("hits")
+
+    def update(self, codes: torch.Tensor) -> None:
+        self.add_to_totals(hits=(codes > self.bound).sum())
+
+    def compute(self) -> float:
+        return float(self.hits)
+
+
+def test_metrics_that_look_alike_at_first_do_not_share_counts():
+    collection = collect({"low": Rare(1.0), "high": Rare(2.0), "l0": L0(), "l0_std": L0()})
+    for size in (0.5, 1.5):
+        collection.update(codes=torch.full((3, 1), size))
+    found = figures(collection)
+    assert {name: value.item() for name, value in found.items()} == {
+        "low": 3.0,
+        "high": 0.0,
+        "l0": 1.0,
+        "l0_std": 1.0,
+    }
+
+
+def test_numbers_have_the_names_of_metrics_or_their_own():
+    collection = collect({"density": FeatureDensity(2), "zipf": Both(), "other": Both()})
+    collection.update(codes=torch.ones(4, 2))
+    assert figures(collection) == {"a": torch.tensor(1), "b": torch.tensor(2.0)}
+
+
+class Both(TotalsMetric):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_total("unused")
+
+    def update(self, codes: torch.Tensor) -> None: ...
+
+    def compute(self) -> dict[str, float | torch.Tensor]:
+        return {"a": 1, "b": torch.tensor(2.0)}

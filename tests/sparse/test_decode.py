@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from lightning_sae.allocation import mutual_choice, threshold_choice
-from lightning_sae.sparse import row_gradient, rows, sum_directions
+from lightning_sae.sparse import row_sums, rows, sum_directions
 
 
 @pytest.mark.parametrize("budget", [0, 1, 8, 48])  # none, few (gathered), many (dense), all
@@ -20,7 +20,7 @@ def test_equals_the_dense_product(budget: int):
 @pytest.mark.parametrize("dense_above", [0.0, 1.0])  # both ways of computing it
 def test_gradients(dense_above: float, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rows, "DENSE_ABOVE", dense_above)
-    monkeypatch.setattr(row_gradient, "_ROWS", 3)
+    monkeypatch.setattr(row_sums, "_ROWS", 3)
     affinities = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     dictionary = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
 

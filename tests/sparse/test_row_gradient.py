@@ -129,11 +129,57 @@ def test_what_is_changed_in_place_stays_changed(inputs):
 
 
 @pytest.mark.parametrize("dense_first", [True, False])
-def test_whole_and_partial_gradients_add_up(inputs, dense_first: bool):
+def test_plain_gradients_are_added_and_parts_stay(inputs, dense_first: bool):
     found, expected = parts_and_whole(inputs)
     plain = torch.randn_like(expected)
-    total = plain.clone().add_(found) if dense_first else found.add_(plain)
-    torch.testing.assert_close(total + 0, expected + plain)
+    total = plain + found if dense_first else found.add_(plain)
+    total = (total * 2 + plain).clone()
+    assert total.in_parts
+    expected = 2 * (expected + plain) + plain
+    torch.testing.assert_close(torch.cat([rows for _, rows in total.chunks()]), expected)
+    torch.testing.assert_close(total.form(), expected)
+
+
+def test_a_plain_tensor_takes_them_in_place(inputs):
+    found, expected = parts_and_whole(inputs)
+    total = torch.ones_like(expected).add_(found)
+    assert type(total) is Tensor
+    torch.testing.assert_close(total, expected + 1)
+
+
+def test_parts_of_two_matrices_are_made_orthogonal_to_their_own(inputs):
+    """As where two parameters are one: each term has its projection."""
+    (_, found, _), (_, expected, _) = (gradient_of(loss, inputs) for loss in (loss_of, whole))
+    other, plain = gradient_of(loss_of, inputs)[0], gradient_of(whole, inputs)[0]
+    total = found + other
+    assert total.in_parts
+    torch.testing.assert_close(torch.cat([rows for _, rows in total.chunks()]), expected + plain)
+    torch.testing.assert_close(total.form(), expected + plain)
+
+
+def test_a_gradient_is_that_of_the_weights_it_was_computed_with(inputs):
+    found, _ = parts_and_whole(inputs)
+    formed, expected = parts_and_whole(inputs)
+    formed.form()
+    with torch.no_grad():
+        inputs[1] += 1
+    for look in (found.form, lambda: list(found.chunks()), lambda: found + 1):
+        with pytest.raises(RuntimeError, match="weights have changed since this gradient was left"):
+            look()
+    torch.testing.assert_close(formed + 0, expected)
+
+
+def test_parts_do_not_pile_up(inputs):
+    """A forgotten `zero_grad` must not cost more than it does with plain gradients."""
+    parameters = [nn.Parameter(each.detach().clone()) for each in inputs[:2]]
+    x = inputs[2].detach()
+    for _ in range(20):
+        loss_of(*parameters, x).backward()
+    for parameter in parameters:
+        held = sum(len(part.table) for part in parameter.grad.content.parts)
+        assert held <= 4 * FEATURES
+    expected = [20 * each for each in gradient_of(whole, [*parameters, x.requires_grad_()])[:2]]
+    torch.testing.assert_close([parameter.grad + 0 for parameter in parameters], expected)
 
 
 def test_norms_and_clipping_are_torch_s(inputs):
