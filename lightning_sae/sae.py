@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self, cast
 
 import lightning.pytorch as pl
@@ -135,14 +136,11 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
         for name, value in (figures(self._metrics[0]) | self.threshold_statistics()).items():
             self.log(f"{stage}/{name}", value.float())
 
-    # The Trainer's other steps
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of activations and log its parts under ``train/``."""
         loss, stats = self.loss(activations_in(batch))
-        shown = {"loss", "l0", "dead_fraction"}
         for name, value in stats.items():
-            self.log(f"train/{name}", value, prog_bar=name in shown)
+            self.log(f"train/{name}", value, prog_bar=name in {"loss", "l0", "dead_fraction"})
         self.log("train/tokens", self.history.tokens_seen.float())
         return loss
 
@@ -152,8 +150,8 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
 
     def share_is_over(self, share: float) -> bool | None:
         """Return whether a share of the Trainer's run is over; None if it has no set length."""
-        steps = self.trainer.estimated_stepping_batches if self._trainer else float("inf")
-        return None if steps == float("inf") else self.trainer.global_step >= share * steps
+        steps = self.trainer.estimated_stepping_batches if self._trainer else math.inf
+        return None if steps == math.inf else self.trainer.global_step >= share * steps
 
     def configure_model(self) -> None:
         """Share out the features over the devices if the strategy is a `ModelParallelStrategy`.
@@ -186,8 +184,8 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
         if isinstance(optimizer, ChunkedAdam):
             require_all_tokens(self.trainer, devices=len(self.layout.share.sizes))
         self.leave_gradients_in_parts(isinstance(optimizer, ChunkedAdam))
-        steps = self.trainer.estimated_stepping_batches
-        return optimizer_and_schedule(optimizer, self._lr_scheduler, steps)
+        schedule, steps = self._lr_scheduler, self.trainer.estimated_stepping_batches
+        return optimizer_and_schedule(optimizer, schedule, steps)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step the schedule; a length that torch finds out about only now is a mistake too."""
@@ -212,18 +210,22 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.normalize_decoder()
 
-    # Checkpoints
-
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Load a trained SAE as Lightning does, running nothing that the file or URL may hold.
 
         In Lightning 2.6.6 a checkpoint can name functions to call in place of an optimizer, also
         one loaded with `weights_only=True`; `LightningModule.load_from_checkpoint` calls them.
+
+        Raises:
+            ValueError: If it is damaged, or has arguments that this class has not.
         """
         safe = {"weights_only": True, "_instantiator": None}
         path = in_present_format(checkpoint_path)
-        return super().load_from_checkpoint(path, *args, **(kwargs | safe))
+        try:
+            return super().load_from_checkpoint(path, *args, **(kwargs | safe))
+        except TypeError as error:
+            raise UsageError(f"{checkpoint_path} is not of a {cls.__name__}: {error}") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the architecture and the format, so that other ones are told apart."""

@@ -239,7 +239,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
         return sae.state_dict(), fit.optimizers[0].state_dict()["state"]
 
     expected, moments = run(tmp_path, SaveEachStep())
-    assert (expected["density"][DEAD] > 0).all()
+    assert (expected["history.density"][DEAD] > 0).all()
     for cut in range(1, steps):
         found, found_moments = run(
             tmp_path, done=cut, ckpt_path=tmp_path / f"{cut}.ckpt", weights_only=True
@@ -273,7 +273,7 @@ def train_on(rank: int, ranks: int) -> dict[str, torch.Tensor]:
 def test_two_ranks_resample_as_one_does():
     one = train_on(0, 1)
     first, second = run_on_two(train_on, 2)
-    assert (one["density"][DEAD] > 0).all()
+    assert (one["history.density"][DEAD] > 0).all()
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5, msg=name)
