@@ -14,6 +14,17 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 
+__all__ = [
+    "DYING_BELOW",
+    "FEWEST_FIRINGS",
+    "ZipfFitError",
+    "ZipfMandelbrot",
+    "fit_zipf",
+    "round_budgets",
+    "zipf_budgets",
+    "zipf_deficit",
+]
+
 FEWEST_FIRINGS = 20
 """Fewer are not judged by: the noise of a smaller count exceeds 22 %."""
 

@@ -160,8 +160,11 @@ class Autoencoder(Dictionary, ABC):
     def match(self, x: Tensor) -> Matches:
         """Return the matches of activations (tokens, d_model): `encode` without the zeros.
 
-        Their values are in float32, or in float64 if the parameters are. Raises as `forward` does.
+        Their values are in float32, or in float64 if the parameters are. Raises as `forward` does,
+        and if activations have more than two dimensions.
         """
+        if x.dim() != 2:
+            raise UsageError(f"match takes (tokens, d_model), not activations of {tuple(x.shape)}")
         scaled = self.scaled(x)
         with self._choosing():
             chosen = self.choose_per_token(self.scores(scaled))

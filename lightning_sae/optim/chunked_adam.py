@@ -22,7 +22,7 @@ class ChunkedAdam(torch.optim.Adam):
     checkpoints. Where gradients come in parts, as `SparseAutoencoder.leave_gradients_in_parts` has
     them come (a Trainer asks for it by itself), it makes none that is as large as the weights; all
     others are stepped by as Adam steps. It takes no `GradScaler`, which leaves to fused optimizers
-    the work of scaling back.
+    the work of scaling back. Clipping by norm leaves gradients in parts, by value forms them.
 
     Args:
         params: Parameters, or groups of them, on one device or with features shared out.
@@ -30,6 +30,14 @@ class ChunkedAdam(torch.optim.Adam):
         betas: Decay of the running averages of gradients and of their squares.
         eps: Added to the denominator.
         weight_decay: L2 penalty.
+
+    Example:
+        >>> from lightning_sae import TopKSAE
+        >>> sae = TopKSAE(d_model=8, n_features=64, k=2)
+        >>> sae.leave_gradients_in_parts()  # in a plain loop
+        >>> optimizer = ChunkedAdam(sae.parameters(), lr=1e-3)
+        >>> sae.loss(torch.randn(16, 8))[0].backward()
+        >>> optimizer.step()
     """
 
     def __init__(
