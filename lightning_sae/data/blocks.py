@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
@@ -17,7 +17,14 @@ from lightning_sae.checks import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Inputs", "NumberedInputs", "endless_blocks", "held_out_parts"]
+__all__ = [
+    "Inputs",
+    "NumberedInputs",
+    "endless_blocks",
+    "held_out_parts",
+    "of_length",
+    "stacked",
+]
 
 
 class NumberedInputs(Protocol):
@@ -61,7 +68,7 @@ def endless_blocks(
         Inputs, (size, ...).
 
     Raises:
-        UsageError: If an epoch has fewer inputs than `minimum`.
+        UsageError: If an epoch has fewer inputs than `minimum`, or inputs differ in shape.
     """
 
     def check_enough(total: int) -> None:
@@ -71,8 +78,48 @@ def endless_blocks(
             )
 
     if hasattr(inputs, "__len__"):
-        return _shuffled(cast(NumberedInputs, inputs), first, size, seed, check_enough)
-    return _in_order(inputs, first, size, check_enough)
+        blocks = _shuffled(cast(NumberedInputs, inputs), first, size, seed, check_enough)
+    else:
+        blocks = _in_order(inputs, first, size, check_enough)
+    return (stacked(block, source, noun) for block in blocks)
+
+
+def stacked(inputs: Sequence[Tensor], source: str, noun: str) -> Tensor:
+    """Return inputs as one tensor, (inputs, ...).
+
+    Args:
+        inputs: At least one.
+        source: What is called so in the message: the argument that names the data, and its value.
+        noun: What the inputs are called there, in the plural.
+
+    Raises:
+        UsageError: If they differ in shape.
+    """
+    shapes = sorted({tuple(each.shape) for each in inputs})
+    if len(shapes) > 1:
+        raise UsageError(
+            f"{source}: {noun} should have one shape, and some have {shapes[0]}, others {shapes[1]}"
+        )
+    return torch.stack(list(inputs))
+
+
+def of_length(activations: Tensor, expected: int, noun: str) -> Tensor:
+    """Return activations, if inputs have as many positions as the data module says.
+
+    Args:
+        activations: What was read of them, (inputs, positions, d_model).
+        expected: `positions_per_input`.
+        noun: What the inputs are called, in the plural.
+
+    Raises:
+        UsageError: If they have more or fewer.
+    """
+    found = activations.shape[1]
+    if found != expected:
+        raise UsageError(
+            f"positions_per_input={expected}: the model reads {found} positions of the {noun}"
+        )
+    return activations
 
 
 def held_out_parts(
@@ -110,7 +157,7 @@ def _first(inputs: Inputs, count: int) -> list[Tensor]:
 
 def _shuffled(
     inputs: NumberedInputs, first: int, size: int, seed: int, check_enough: Callable[[int], None]
-) -> Iterator[Tensor]:
+) -> Iterator[Sequence[Tensor]]:
     total = len(inputs)
     check_enough(total)
     several = getattr(inputs, "__getitems__", None)
@@ -123,12 +170,12 @@ def _shuffled(
         epochs, places = np.divmod(np.arange(block * size, (block + 1) * size), total)
         rows = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
         numbers = np.concatenate(rows).tolist()
-        yield torch.stack(several(numbers) if several else [inputs[number] for number in numbers])
+        yield several(numbers) if several else [inputs[number] for number in numbers]
 
 
 def _in_order(
     inputs: Iterable[Tensor], first: int, size: int, check_enough: Callable[[int], None]
-) -> Iterator[Tensor]:
+) -> Iterator[Sequence[Tensor]]:
     def endless() -> Iterator[Tensor]:
         while True:
             total = 0
@@ -139,4 +186,4 @@ def _in_order(
 
     rest = itertools.islice(endless(), first * size, None)
     while True:
-        yield torch.stack(list(itertools.islice(rest, size)))
+        yield list(itertools.islice(rest, size))

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sae.checks import UsageError, require_at_least, require_positive
-from lightning_sae.data.blocks import Inputs, endless_blocks, held_out_parts
+from lightning_sae.data.blocks import Inputs, endless_blocks, held_out_parts, of_length, stacked
 from lightning_sae.data.frozen_model import FrozenModel
 from lightning_sae.data.stream import ActivationStream, Cursor, HeldOutBatches
 from lightning_sae.parallel import ranks_of
@@ -154,7 +154,8 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         it on to this method. It is called in a thread of its own, with up to `model_batch_size`
         inputs, (inputs, ...), of which each process reads a share.
         """
-        return self.model.reader(self._device, self.cache_dir)(inputs)
+        activations = self.model.reader(self._device, self.cache_dir)(inputs)
+        return of_length(activations, self.positions_per_input, self.noun)
 
     @property
     def model_name(self) -> str:
@@ -289,7 +290,7 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
                 f"for it, {ranks.size} devices need one each"
             )
         return HeldOutBatches(
-            inputs=torch.stack(inputs),
+            inputs=stacked(inputs, self.source, self.noun),
             kept=self.kept,
             read=self.read,
             model_batch_size=self.model_batch_size,

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_sae import TopKSAE
 from lightning_sae.callbacks import LossRecoveredCallback
+from lightning_sae.checks import UsageError
 from lightning_sae.data import FrozenModelDataModule, LanguageModel, VisionModel
 from tests.data import own_source
 from tests.data.own_source import TokenListDataModule
@@ -160,3 +161,29 @@ def test_inputs_may_stand_for_what_is_read(vision_folder):
         assert batch["kept"].shape == (len(batch["seeds"]), PATCHES)
         assert batch["kept"].all()
         assert torch.equal(batch["activations"], data.read(batch["seeds"]).flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        (
+            [16, 16, 16],
+            "positions_per_input=12: the model reads 16 positions of the inputs",
+        ),
+        ([12, 12, 16], r"inputs should have one shape, and some have \(12,\), others \(16,\)"),
+    ],
+)
+def test_inputs_of_another_length_are_told(model_folder, lengths: list[int], said: str):
+    class Declared(FrozenModelDataModule):
+        positions_per_input = 12
+
+        def train_inputs(self) -> list[torch.Tensor]:
+            return [torch.arange(length) for length in lengths]
+
+        held_out_inputs = train_inputs
+
+    model = LanguageModel(str(model_folder), 0)
+    data = Declared(model, batch_size=12, batches_per_block=1, validation_tokens=36, test_tokens=36)
+    for batches in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(UsageError, match=said):
+            next(iter(batches()))
