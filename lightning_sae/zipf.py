@@ -16,7 +16,6 @@ from lightning_sae.checks import UsageError
 
 __all__ = [
     "DYING_BELOW",
-    "FEWEST_FIRINGS",
     "ZipfFitError",
     "ZipfMandelbrot",
     "fit_zipf",
@@ -38,9 +37,7 @@ those below 1/2; `dying_fraction` counts by the same number, at ranks where the 
 """
 
 _FLATTEST, _STEEPEST = 0.1, 3.0  # exponents
-_CLIFF = (
-    8.0  # slope: nearly dead features lie below one; a roll-off of underused ones is less steep
-)
+_CLIFF = 8.0  # slope: nearly dead features lie below one; a roll-off is less steep
 _HEAD, _TAIL = 0.004, 0.81  # shares of the live ranks: the paper's ranks 100 and 20,000 of 24,576
 
 
