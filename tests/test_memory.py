@@ -102,3 +102,21 @@ def test_parts_of_a_gradient_are_not_kept_where_they_are_larger_than_it():
     sae.history.tokens_since_fired[::3] = sae.history.dead_after_tokens
     loss, _ = sae.loss(x)
     assert held(loss.backward) < 16 * MIB
+
+
+def test_terms_of_a_loss_share_weights_of_sixteen_bits():
+    """Each term that kept its own wider copy of a matrix would hold twice what that takes."""
+    torch.manual_seed(0)
+    sae = TopKSAE(D_MODEL, N_FEATURES, K, dying_below=0.75).bfloat16()
+    x = torch.randn(TOKENS, D_MODEL)
+    sae.loss(x)
+    sae.history.tokens_since_fired[::3] = sae.history.dead_after_tokens
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _, stats = sae.loss(x)
+    assert stats["aux_zipf_loss"] > 0
+    matrices = [tensor for tensor in kept if tensor.shape == (N_FEATURES, D_MODEL)]
+    assert {tensor.data_ptr() for tensor in matrices} == {
+        sae.encoder.weight.data_ptr(),
+        sae.decoder.weight.data_ptr(),
+    }

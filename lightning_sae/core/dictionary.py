@@ -221,9 +221,9 @@ class Dictionary(nn.Module):
         """Return matches whose values, chosen without autograd, have the encoder's gradient."""
         share = self.layout.share
         with torch.autocast(scaled.device.type, enabled=False):
-            weight, bias, origin = self._encoder()
+            bias, origin = wide_rows(self.encoder.bias, self.decoder.bias)
             x, origin = share.fan_out(scaled, origin)
-            own = share.own(matches)
+            own, weight = share.own(matches), local(self.encoder.weight)
             in_parts = self._in_parts(self.encoder.weight)
             values = matched_affinities(x, origin, weight, bias, own, in_parts=in_parts)
         return matches.with_values(share.put(values, matches))
@@ -236,8 +236,7 @@ class Dictionary(nn.Module):
         """
         share = self.layout.share
         with torch.autocast(matches.value.device.type, enabled=False):
-            (weight,) = wide_rows(self.decoder.weight)
-            in_parts = self._in_parts(self.decoder.weight)
+            weight, in_parts = local(self.decoder.weight), self._in_parts(self.decoder.weight)
             return share.sum(sum_directions(share.own(matches), weight, in_parts=in_parts))
 
     def reconstruct(self, matches: Matches) -> Tensor:

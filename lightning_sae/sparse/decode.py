@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from lightning_sae.matches import Matches
+from lightning_sae.numerics import wide
 from lightning_sae.sparse.gradient_form import gradient_of
 from lightning_sae.sparse.row_sums import RowSums
 from lightning_sae.sparse.rows import is_dense, sum_rows
@@ -23,11 +25,11 @@ def sum_directions(matches: Matches, dictionary: Tensor, *, in_parts: bool = Fal
 
     Args:
         matches: The matches, sorted by token.
-        dictionary: One row a feature, of any norm, shape (features, d_model).
+        dictionary: One row a feature, of any norm and floating-point type, (features, d_model).
         in_parts: Whether the gradient of the dictionary may be a `RowGradient`.
 
     Returns:
-        Shape (tokens, d_model), the dtype of `dictionary`.
+        Shape (tokens, d_model), in float32, or in float64 if the dictionary is.
 
     Example:
         >>> matches = Matches(torch.tensor([0, 0]), torch.tensor([0, 2]), torch.tensor([1.0, 2.0]),
@@ -35,14 +37,25 @@ def sum_directions(matches: Matches, dictionary: Tensor, *, in_parts: bool = Fal
         >>> sum_directions(matches, torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.0, 4.0]]))
         tensor([[1., 2.]])
     """
-    values = matches.value.to(dictionary.dtype)
+    rows = wide(dictionary)
+    values = matches.value.to(rows.dtype)
     if is_dense(matches):
-        return matches.to_dense(values) @ functional.normalize(dictionary, dim=1)
+        return matches.to_dense(values) @ functional.normalize(rows, dim=1)
     # The least norm is that of `normalize`.
-    norms = torch.linalg.vector_norm(dictionary.detach(), dim=1).clamp_min(1e-12)
+    norms = torch.linalg.vector_norm(rows.detach(), dim=1).clamp_min(1e-12)
     weights = values / norms[matches.feature]
-    out = sum_rows(dictionary, matches.token, matches.feature, weights, matches.shape[0])
+    with _kept_as(dictionary, rows):
+        out = sum_rows(rows, matches.token, matches.feature, weights, matches.shape[0])
     return _WithDictionaryGradient.apply(out, dictionary, matches, weights.detach(), in_parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
+
+
+def _kept_as(narrow: Tensor, rows: Tensor) -> saved_tensors_hooks:
+    """Let the backward pass widen a matrix again, not keep the wider copy that a sum is made of."""
+    address = rows.data_ptr()
+    return saved_tensors_hooks(
+        lambda tensor: None if tensor.data_ptr() == address else tensor,
+        lambda kept: wide(narrow.detach()) if kept is None else kept,
+    )
 
 
 class _WithDictionaryGradient(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_sae.kernels import block_maxima, has_kernel, pairs_above
 from lightning_sae.matches import Matches, Pairs
+from lightning_sae.numerics import wide
 from lightning_sae.parallel.share import Share
 from lightning_sae.selection import Scores, Search
 from lightning_sae.sparse.gradient_form import gradient_of
@@ -116,7 +117,8 @@ def matched_affinities(
     Args:
         x: Inputs, shape (tokens, d_model).
         origin: Shape (d_model,).
-        weight: One row a feature, shape (features, d_model).
+        weight: One row a feature, shape (features, d_model). It may have 16 bits where the others
+            are wider.
         bias: Shape (features,).
         matches: Pairs and their affinities, sorted by token.
         in_parts: Whether the gradient of the weight may be a `RowGradient`.
@@ -157,6 +159,7 @@ class _MatchedAffinities(torch.autograd.Function):
         x, origin, weight = ctx.saved_tensors
         matches: Matches = ctx.matches
         grad = grad.contiguous()  # a sum's gradient is expanded
+        weight = wide(weight)  # here, and not kept: terms of a loss share the 16 bits
         tokens, features = matches.shape
         to_bias = grad.new_zeros(features).index_add_(0, matches.feature, grad)
         # Each match's gradient flows to the origin along its feature's row: add up per feature.

@@ -27,7 +27,8 @@ class RowSums:
         weight: What it is multiplied by, shape (matches,).
         starts: At which match each feature starts, and their number, int64, (features + 1,).
         along: If given, a matrix to whose rows those of the sum are made orthogonal, shape
-            (features, width). It must not change before the rows are added up.
+            (features, width), of any floating-point type. It must not change before the rows are
+            added up.
         version: How often that had changed when this was made.
     """
 
@@ -112,7 +113,7 @@ class RowSums:
     def _project(self, rows: Tensor, start: int) -> None:
         if self.along is None:
             return
-        along = self.along[start : start + len(rows)]
+        along = self.along[start : start + len(rows)].to(rows.dtype)
         squared = torch.linalg.vecdot(along, along).clamp_min(1e-24)
         radial = torch.linalg.vecdot(rows, along) / squared
         rows.addcmul_(along, radial.unsqueeze(1), value=-1)

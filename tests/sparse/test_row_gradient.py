@@ -37,7 +37,7 @@ def inputs() -> list[Tensor]:
 def loss_of(weight: Tensor, dictionary: Tensor, x: Tensor, in_parts: bool = True) -> Tensor:
     """A loss that reads two matrices sparsely, one of them twice."""
     zeros, bias = x.new_zeros(WIDTH), x.new_zeros(FEATURES)
-    matches = threshold_choice((x @ weight.T).detach(), 0.1)
+    matches = threshold_choice((x @ weight.to(x).T).detach(), 0.1)
     values = matched_affinities(x, zeros, weight, bias, matches, in_parts=in_parts)
     all_of_them = sum_directions(matches.with_values(values), dictionary, in_parts=in_parts)
     few = matches.select(torch.arange(len(matches) // 2))
@@ -220,7 +220,7 @@ def test_any_optimizer_steps_by_them(inputs, in_parts: bool, set_to_none: bool):
 def test_in_sixteen_bits_parts_are_added_up_before_they_are_rounded(inputs):
     weight, dictionary, x = (each.detach().float() for each in inputs)
     narrow = [nn.Parameter(each.bfloat16()) for each in (weight, dictionary)]
-    loss_of(*(each.float() for each in narrow), x).backward()
+    loss_of(*narrow, x).backward()
     exact = [nn.Parameter(each.detach().float()) for each in narrow]
     whole(*exact, x).backward()
     for ours, theirs in zip(narrow, exact, strict=True):
