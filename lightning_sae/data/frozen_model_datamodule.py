@@ -1,36 +1,35 @@
-"""The base of every data module: stream a frozen model's activations, and keep the place."""
+"""The base of every data module: a frozen model's activations as an endless stream."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sae.checks import UsageError, require_at_least, require_positive
 from lightning_sae.data.blocks import Inputs, endless_blocks, held_out_parts, of_length, stacked
 from lightning_sae.data.frozen_model import FrozenModel
-from lightning_sae.data.stream import ActivationStream, Cursor, HeldOutBatches
+from lightning_sae.data.place import KeepsPlace
+from lightning_sae.data.stream import ActivationStream, HeldOutBatches
 from lightning_sae.parallel import ranks_of
 from lightning_sae.residual_stream import ResidualStream
 
 __all__ = ["FrozenModelDataModule"]
 
 
-class FrozenModelDataModule(pl.LightningDataModule, ABC):
+class FrozenModelDataModule(KeepsPlace, ABC):
     """Activations of one layer of a frozen model: endless, shuffled, resumable.
 
     Training batches are tensors (tokens, d_model), float32: `batch_size` tokens over all devices.
     The stream never ends (give the Trainer `max_steps`) and is a function of the arguments
-    alone: it does not depend on the number of devices, and a run resumed from a checkpoint goes
-    on bit for bit where it was. Validation, test and prediction batches are `HeldOutBatch`
-    dictionaries of inputs that are never trained on.
+    alone: it does not depend on the number of devices, a fit starts at its beginning, and one that
+    is resumed from a checkpoint goes on bit for bit where it was. Validation, test and prediction
+    batches are `HeldOutBatch` dictionaries of inputs that are never trained on.
 
     A data source of one's own is a subclass: `positions_per_input`, `train_inputs` and
     `held_out_inputs` are all that it must have. It may say which positions count (`kept`,
@@ -68,15 +67,8 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
 
     source: str = "the data"
     """What messages call the data: best the argument that names them, and its value."""
-    noun: ClassVar[str] = "inputs"
-    """What messages call the inputs, in the plural."""
     input_key: ClassVar[str] = "input_ids"
     """The key of the inputs in a held-out batch. Of token ids it is this one for all callbacks."""
-    place: ClassVar[tuple[str, ...]] = ("model_name", "batch_size", "batches_per_block", "seed")
-    """The attributes, numbers or strings, that decide which inputs a place in the stream means.
-
-    Checkpoints note them, and a run that goes on with others warns. A subclass adds its own.
-    """
 
     def __init__(
         self,
@@ -107,7 +99,6 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         self.test_tokens = test_tokens
         self.cache_dir = cache_dir
         self.seed = seed
-        self._cursor: Cursor = (0, 0)
 
     @property
     @abstractmethod
@@ -228,31 +219,6 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         """Return the batches of `test_dataloader`."""
         return self.test_dataloader()
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the cursor off a training batch; Lightning calls this when it consumes a batch.
-
-        It fetches batches ahead, so the last one fetched would be too far.
-        """
-        if not (isinstance(batch, dict) and "cursor" in batch):
-            return batch
-        self._cursor = batch["cursor"]
-        return batch["activations"]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the place right after the batch consumed last, and what gives it meaning."""
-        return {"cursor": self._cursor, "place": {name: getattr(self, name) for name in self.place}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue right after the batch that was consumed last when the state was saved."""
-        block, batch = self._cursor = state_dict["cursor"]
-        for name, before in state_dict["place"].items():
-            now = getattr(self, name, None)
-            if now != before:
-                rank_zero_warn(
-                    f"{name}={now!r} was {before!r} in the checkpoint: training continues at batch "
-                    f"{batch} of block {block}, which is of other {self.noun} now"
-                )
-
     @property
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -264,10 +230,6 @@ class FrozenModelDataModule(pl.LightningDataModule, ABC):
         precision = "32-true" if self.trainer is None else self.trainer.precision
         loaded_first = self.cache_dir is None or self.model.dtype == "float32"
         return loaded_first and precision in ("32-true", "bf16-mixed", "16-mixed")
-
-    def _start(self) -> Cursor:
-        # `Trainer(overfit_batches=n)` wants the same n batches in each epoch.
-        return (0, 0) if getattr(self.trainer, "overfit_batches", 0) else self._cursor
 
     @cached_property
     def _train_inputs(self) -> Inputs:

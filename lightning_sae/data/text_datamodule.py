@@ -24,9 +24,9 @@ class ActivationDataModule(FrozenModelDataModule):
 
     Training batches are tensors (tokens, d_model), float32: `batch_size` tokens over all devices.
     The stream never ends (give the Trainer `max_steps`) and is a function of the arguments
-    alone: it does not depend on the number of devices, and a run resumed from a checkpoint goes
-    on bit for bit where it was. Validation, test and prediction batches are `HeldOutBatch`
-    dictionaries of text that is never trained on.
+    alone: it does not depend on the number of devices, a fit starts at its beginning, and one that
+    is resumed from a checkpoint goes on bit for bit where it was. Validation, test and prediction
+    batches are `HeldOutBatch` dictionaries of text that is never trained on.
 
     Documents are joined by the tokenizer's EOS token and cut into contexts that start with its
     BOS token (each stands in for the other where there is only one). Special tokens and the
