@@ -13,10 +13,13 @@ Pairs = tuple[Tensor, Tensor, Tensor]  # token, feature and value of each
 class Matches:
     """Token-feature pairs that are switched on, sorted by token, then by feature.
 
+    A feature fires on a token where its code is above 0, here as in dense codes. The rules choose
+    no other pairs; of those that come from elsewhere, one of value 0, below, or NaN is no firing.
+
     Attributes:
         token: Row of each match, int64, shape (matches,).
         feature: Column of each match, int64, shape (matches,).
-        value: Activation of each match, positive, shape (matches,). Carries the gradient.
+        value: Activation of each match, shape (matches,). Carries the gradient.
         shape: (tokens, features) of the affinities the matches were chosen from.
 
     Example:
@@ -74,9 +77,13 @@ class Matches:
         return self.token[order], self.feature[order], order
 
     def per_token(self) -> Tensor:
-        """Return the number of matches of each token, int64, shape (tokens,)."""
-        return torch.bincount(self.token, minlength=self.shape[0])
+        """Return the number of features that fire on each token, int64, shape (tokens,)."""
+        return self._firings(self.token, self.shape[0])
 
     def per_feature(self) -> Tensor:
-        """Return the number of matches of each feature, int64, shape (features,)."""
-        return torch.bincount(self.feature, minlength=self.shape[1])
+        """Return the number of tokens on which each feature fires, int64, shape (features,)."""
+        return self._firings(self.feature, self.shape[1])
+
+    def _firings(self, place: Tensor, places: int) -> Tensor:
+        counts = torch.zeros(places, dtype=torch.int64, device=place.device)
+        return counts.index_add_(0, place, (self.value > 0).long())

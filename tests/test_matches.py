@@ -24,6 +24,15 @@ def test_codes_come_back(dense: Tensor):
     assert torch.equal(matches.per_feature(), (dense > 0).sum(0))
 
 
+def test_only_values_above_zero_fire_as_in_dense_codes():
+    token, feature = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 3, 1, 2, 3])
+    value = torch.tensor([1.0, 0.0, -2.0, torch.nan, 1e-30, torch.inf])
+    matches = Matches(token, feature, value, shape=(4, 4))
+    fires = matches.to_dense() > 0
+    assert matches.per_token().tolist() == fires.sum(1).tolist() == [1, 1, 1, 0]
+    assert matches.per_feature().tolist() == fires.sum(0).tolist() == [1, 0, 1, 1]
+
+
 def test_some_are_selected_by_a_mask_or_by_number(dense: Tensor):
     matches = matches_where(dense, dense > 0)
     expected = torch.where(dense > 0.5, dense, 0)

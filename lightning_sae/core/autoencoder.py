@@ -204,8 +204,7 @@ class Autoencoder(Dictionary, ABC):
         loss = torch.stack(list(terms.values())).sum()
         if self.training:
             with torch.no_grad():
-                fires = choice.matches.per_feature()
-                self.history.update(fires, len(scaled), self.layout.ranks)
+                self.history.update(matches.per_feature(), len(scaled), self.layout.ranks)
                 self.observe(scores, choice)
         stats = {"loss": loss, **terms, **self._batch_statistics(scaled, error, matches)}
         return loss, {name: value.detach() for name, value in stats.items()}

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_sae import SparseAutoencoder, StandardSAE, TopKSAE
-from lightning_sae.allocation import TensorScores
+from lightning_sae.allocation import Matches, TensorScores
 from tests.helpers.architectures import (
     D_MODEL,
     N_FEATURES,
@@ -101,6 +102,22 @@ def test_eval_mode_changes_nothing(make):
     assert "aux_k_loss" not in stats
     for name, value in sae.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_history_and_figures_count_codes_and_not_scores():
+    """A score above 0 whose code is not, by rounding or by a rule of one's own, is no firing."""
+
+    class HalfSilent(TopKSAE):
+        def matches_of(self, scaled: Tensor, chosen: Matches) -> Matches:
+            matches = super().matches_of(scaled, chosen)
+            return matches.with_values(matches.value * (matches.feature % 2))
+
+    sae = HalfSilent(D_MODEL, N_FEATURES, K)
+    _, stats = sae.loss(activations(256))
+    density = sae.history.density
+    assert density[::2].max() == 0 < density[1::2].max()
+    assert sae.history.tokens_since_fired[::2].min() == 256
+    torch.testing.assert_close(stats["l0"], density.sum())
 
 
 @every_architecture
