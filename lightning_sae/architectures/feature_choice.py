@@ -1,6 +1,7 @@
 """Feature Choice: Ayonrinde 2024, https://arxiv.org/abs/2411.02124."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from lightning_sae.allocation import Choice, feature_choice_counting, midpoint_t
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checkpoint_io import read_checkpoint
 from lightning_sae.checks import UsageError, require_choice, require_not_negative
+from lightning_sae.core.loading import require_finite
 from lightning_sae.selection import Scores
 from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
@@ -111,6 +113,15 @@ class FeatureChoiceSAE(ThresholdSAE):
         self.start_from = start_from
         self.register_buffer("choosing", torch.tensor(False))
         self.register_buffer("target_density", torch.zeros(n_features, dtype=torch.float32))
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse also budgets that are negative, or, once features choose, all zero."""
+        super().check_state(state)
+        require_finite(state, "target_density", least=0)
+        if bool(state.get("choosing", False)) and "target_density" in state:
+            require_finite(
+                {"target_density": state["target_density"].max()}, "target_density", beyond=0
+            )
 
     def setup(self, stage: str) -> None:
         """Load the dictionary to start from, unless the run is resumed."""

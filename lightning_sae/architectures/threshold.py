@@ -4,6 +4,7 @@ Source of the idea: Bussmann et al. 2024 (BatchTopK, arXiv 2412.06410), who aver
 chosen activation. How Ayonrinde 2024 evaluates without a batch is not known to us.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, Importance, mutual_choice, threshold_choice
 from lightning_sae.checks import UsageError, require_choice, require_k
+from lightning_sae.core.loading import require_finite
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
@@ -181,6 +183,12 @@ class ThresholdSAE(SparseAutoencoder):
         learned, asked = checkpoint["hyper_parameters"].get("k"), self.hparams.get("k")
         if learned != asked:
             raise UsageError(f"the checkpoint's thresholds are for k={learned}, not for k={asked}")
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse also thresholds that are not finite, but for those of an SAE not yet trained."""
+        super().check_state(state)
+        if int(state.get("history.tokens_seen", self.history.tokens_seen)) > 0:
+            require_finite(state, "threshold", least=0)
 
     def threshold_statistics(self) -> dict[str, Tensor]:
         """Return the mean threshold."""

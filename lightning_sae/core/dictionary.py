@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.core.decoder import Decoder
+from lightning_sae.core.loading import refuse_before_loading, require_finite
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import widest_float
 from lightning_sae.parallel import Layout, distribute, local, wide_rows
@@ -72,6 +73,7 @@ class Dictionary(nn.Module):
         self._gradient_form = GradientForm()
         self._hooked: tuple[Tensor, ...] = ()
         self._hook_gradients()
+        refuse_before_loading(self)
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802 - the field's name
@@ -126,6 +128,34 @@ class Dictionary(nn.Module):
         self.input_scale.copy_(scale)
         local(self.decoder.bias).copy_(mean * scale)
         self.initialized.fill_(True)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a state that no training leads to; extend it for buffers of one's own.
+
+        Args:
+            state: What is to be loaded, by the names it has here; tensors may be left out.
+
+        Raises:
+            UsageError: If a value is out of range; the message names it.
+        """
+        weights = [name for name in state if name.startswith(("encoder.", "decoder."))]
+        require_finite(state, *weights, "input_mean")
+        require_finite(state, "input_scale", beyond=0)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state as torch does, and say in one line what is missing or has another shape.
+
+        Raises:
+            UsageError: If something does, or `check_state` refuses.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            raise UsageError(" ".join(str(error).split())) from error
 
     def take_over(self, state_dict: Mapping[str, Tensor]) -> None:
         """Become what another SAE of the same shape is, of whatever architecture.

@@ -1,0 +1,86 @@
+"""What is asked of a state before it is loaded: that training could have led to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sae.checks import UsageError
+from lightning_sae.parallel import local
+
+__all__ = ["refuse_before_loading", "refuse_unfit", "require_finite"]
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A module that knows which values its state can have."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a state, of which parts may be left out, with a UsageError."""
+
+
+def refuse_before_loading(module: nn.Module) -> None:
+    """Have `load_state_dict`, the module's own and any parent's, call `refuse_unfit` first."""
+    register: Any = module.register_load_state_dict_pre_hook  # torch does not annotate it
+    register(refuse_unfit)
+
+
+def refuse_unfit(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state that a module, or a part of it, does not take, while nothing is loaded.
+
+    Whether tensors are missing, or have another
+    shape, is for torch to say.
+
+    Args:
+        module: What the state is for.
+        state_dict: The state, perhaps among that of a parent.
+        prefix: How the names of the module's own begin there.
+
+    Raises:
+        UsageError: If counters are no whole numbers, or `check_state` refuses.
+    """
+    for path, part in module.named_modules():
+        if not isinstance(part, Checked):
+            continue
+        here = f"{prefix}{path}." if path else prefix
+        state = {}
+        for name, own in part.state_dict().items():
+            found = state_dict.get(here + name)
+            if isinstance(found, Tensor) and isinstance(own, Tensor):
+                if found.is_floating_point() != own.is_floating_point():
+                    raise UsageError(f"{name} is to be loaded as {found.dtype}, and is {own.dtype}")
+                state[name] = found
+        part.check_state(state)
+
+
+def require_finite(
+    state: Mapping[str, Tensor], *names: str, least: float = -math.inf, beyond: float = -math.inf
+) -> None:
+    """Refuse a state in which tensors are out of range.
+
+    Args:
+        state: Tensors by their names.
+        names: Which of them; one that is not there is not looked at.
+        least: No value may be smaller.
+        beyond: All values must be larger.
+
+    Raises:
+        UsageError: If a value is NaN or infinite, or out of range.
+    """
+    for name in names:
+        tensor = local(state[name]) if name in state else torch.empty(0)
+        if tensor.numel() == 0:
+            continue
+        smallest, largest = (each.item() for each in tensor.aminmax())  # makes no copy
+        if not math.isfinite(smallest) or not math.isfinite(largest):
+            raise UsageError(f"{name} has NaN or Inf in the state to load")
+        if smallest < least or smallest <= beyond:
+            bound = f"at least {least:g}" if smallest < least else f"more than {beyond:g}"
+            raise UsageError(f"{name}={smallest:g} in the state to load must be {bound}")
