@@ -26,7 +26,8 @@ import lightning_sae
 from lightning_sae.sparse import RowGradient
 
 PACKAGE = Path(lightning_sae.__file__).parent
-OF_METACLASSES = {"_abc_impl", "_backward_cls", "_is_protocol"}  # set on every class they make
+# set on every class they make
+OF_METACLASSES = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
 NO_SECRETS = {"_asdict", "_fields", "_replace"}  # public: a named tuple has no other names for them
 
 
@@ -134,6 +135,12 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
     "_version": [
         # How often a tensor has changed in place; torch's notes on autograd name it.
         ("torch.Tensor", lambda: torch.zeros(2).add_(1)._version, 1),
+        # What a class sets to have it written into state dicts; a comment in torch says so.
+        (
+            "torch.nn.Module",
+            lambda: torch.nn.BatchNorm1d(1).state_dict()._metadata[""],
+            {"version": 2},
+        ),
     ],
     "_trainer": [
         # None in a plain loop, where `trainer` raises.

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.core.decoder import Decoder
-from lightning_sae.core.loading import refuse_before_loading, require_finite
+from lightning_sae.core.loading import refuse_before_loading, require_finite, told_in_one_line
+from lightning_sae.core.state_format import FORMAT, upgrade_before_loading
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import widest_float
 from lightning_sae.parallel import Layout, distribute, local, wide_rows
@@ -51,6 +52,8 @@ class Dictionary(nn.Module):
         layout: Which processes have other tokens, and which features have their rows here.
     """
 
+    # Private in name: torch writes it into every state dict, also a parent's, as its docs say.
+    _version = FORMAT
     input_mean: Tensor
     input_scale: Tensor
     initialized: Tensor
@@ -73,6 +76,7 @@ class Dictionary(nn.Module):
         self._gradient_form = GradientForm()
         self._hooked: tuple[Tensor, ...] = ()
         self._hook_gradients()
+        upgrade_before_loading(self)
         refuse_before_loading(self)
 
     @property
@@ -150,12 +154,8 @@ class Dictionary(nn.Module):
         Raises:
             UsageError: If something does, or `check_state` refuses.
         """
-        try:
+        with told_in_one_line():
             return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as error:
-            if not str(error).startswith("Error(s) in loading state_dict"):
-                raise
-            raise UsageError(" ".join(str(error).split())) from error
 
     def take_over(self, state_dict: Mapping[str, Tensor]) -> None:
         """Become what another SAE of the same shape is, of whatever architecture.

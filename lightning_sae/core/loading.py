@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_sae.checks import UsageError
 from lightning_sae.parallel import local
 
-__all__ = ["refuse_before_loading", "refuse_unfit", "require_finite"]
+__all__ = ["refuse_before_loading", "refuse_unfit", "require_finite", "told_in_one_line"]
 
 
 @runtime_checkable
@@ -35,8 +36,7 @@ def refuse_before_loading(module: nn.Module) -> None:
 def refuse_unfit(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a state that a module, or a part of it, does not take, while nothing is loaded.
 
-    Whether tensors are missing, or have another
-    shape, is for torch to say.
+    Whether tensors are missing, or have another shape, is for torch to say.
 
     Args:
         module: What the state is for.
@@ -84,3 +84,14 @@ def require_finite(
         if smallest < least or smallest <= beyond:
             bound = f"at least {least:g}" if smallest < least else f"more than {beyond:g}"
             raise UsageError(f"{name}={smallest:g} in the state to load must be {bound}")
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Turn what torch says of a state that does not fit into a UsageError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        raise UsageError(" ".join(str(error).split())) from error

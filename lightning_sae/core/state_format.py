@@ -1,0 +1,76 @@
+"""How the tensors of an SAE are named, and how those of earlier formats come to be named so.
+
+Format 1 had no number. Its dictionary was `W_dec` and `b_dec`, and its counters stood beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, MutableMapping
+from typing import Any, Final
+
+from torch import nn
+
+from lightning_sae.checks import UsageError
+
+__all__ = ["FORMAT", "is_sae", "rename", "require_known", "upgrade_before_loading", "upgrade_names"]
+
+FORMAT: Final = 2
+
+TENSORS: Final = {
+    "W_dec": "decoder.weight",
+    "b_dec": "decoder.bias",
+    "tokens_seen": "history.tokens_seen",
+    "tokens_since_fired": "history.tokens_since_fired",
+    "density": "history.density",
+}
+COMMON: Final = ("encoder.weight", "encoder.bias", "input_mean", "input_scale", "initialized")
+"""What has had these names in every format, and together in no module of anyone else's."""
+
+
+def require_known(number: Any) -> int:
+    """Return the number of a format.
+
+    Raises:
+        UsageError: If it is a later one than this version knows.
+    """
+    if not (isinstance(number, int) and 1 <= number <= FORMAT):
+        raise UsageError(
+            f"the checkpoint has lightning_sae_format={number!r}, and this version of "
+            f"lightning_sae reads up to {FORMAT}: use the version that wrote it, or a later one"
+        )
+    return number
+
+
+def is_sae(state_dict: Collection[str]) -> bool:
+    """Return whether a state dict, of any format, is that of an SAE: not of its parent."""
+    return all(name in state_dict for name in COMMON)
+
+
+def upgrade_names(state_dict: MutableMapping[str, Any]) -> None:
+    """Give the tensors of every SAE in a state dict their present names, in place."""
+    for key in [key for key in state_dict if key.endswith("W_dec")]:
+        prefix = key.removesuffix("W_dec")
+        if all(f"{prefix}{name}" in state_dict for name in (*COMMON, *TENSORS)):
+            rename(state_dict, {prefix + old: prefix + new for old, new in TENSORS.items()})
+
+
+def upgrade_before_loading(module: nn.Module) -> None:
+    """Have `load_state_dict`, the module's own and any parent's, take states of every format."""
+    register: Any = module.register_load_state_dict_pre_hook  # torch does not annotate it
+    register(_upgrade)
+
+
+def rename(mapping: MutableMapping[str, Any], names: Mapping[str, str]) -> None:
+    """Rename keys, which keep their place."""
+    if any(name in mapping for name in names):
+        renamed = {names.get(key, key): value for key, value in mapping.items()}
+        mapping.clear()
+        mapping.update(renamed)
+
+
+def _upgrade(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
+    # A state dict without the note is an older one, or was made by something else than torch.
+    require_known(metadata.get("version", 1))
+    upgrade_names(state_dict)
