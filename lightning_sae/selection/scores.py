@@ -30,22 +30,19 @@ class Scores(ABC):
     Args:
         tokens: How many there are.
         share: Which of the features have their tiles here.
+        device: Where tiles are computed.
 
     Attributes:
         shape: (tokens, features), features of all processes together.
-        share: As given.
+        share, device: As given.
         search: A faster way than tiles, where there is one, and all features are here.
     """
 
-    def __init__(self, tokens: int, share: Share) -> None:
+    def __init__(self, tokens: int, share: Share, device: torch.device) -> None:
         self.shape = (tokens, share.features)
         self.share = share
+        self.device = device
         self.search: Search | None = None
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where tiles are computed."""
 
     @abstractmethod
     def feature_rows(self, features: slice, out: Tensor | None = None) -> Tensor:
@@ -168,14 +165,9 @@ class TensorScores(Scores):
     def __init__(self, scores: Tensor) -> None:
         if scores.dim() != 2:
             raise UsageError(f"affinities must be (tokens, features), not {tuple(scores.shape)}")
-        super().__init__(len(scores), Share((scores.shape[1],)))
+        super().__init__(len(scores), Share((scores.shape[1],)), scores.device)
         # Detached and widened: 16-bit scores would tie so often that a choice became arbitrary.
         self._scores = wide(scores.detach())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensor is."""
-        return self._scores.device
 
     def feature_rows(self, features: slice, out: Tensor | None = None) -> Tensor:
         """Return a transposed copy of some columns."""

@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import wide
 from lightning_sae.sparse.gradient_form import gradient_of
 from lightning_sae.sparse.row_sums import RowSums
-from lightning_sae.sparse.rows import is_dense, sum_rows
+from lightning_sae.sparse.rows import is_dense, sum_rows, widened_again
 
 
 def sum_directions(matches: Matches, dictionary: Tensor, *, in_parts: bool = False) -> Tensor:
@@ -44,18 +43,9 @@ def sum_directions(matches: Matches, dictionary: Tensor, *, in_parts: bool = Fal
     # The least norm is that of `normalize`.
     norms = torch.linalg.vector_norm(rows.detach(), dim=1).clamp_min(1e-12)
     weights = values / norms[matches.feature]
-    with _kept_as(dictionary, rows):
+    with widened_again(dictionary, rows):
         out = sum_rows(rows, matches.token, matches.feature, weights, matches.shape[0])
     return _WithDictionaryGradient.apply(out, dictionary, matches, weights.detach(), in_parts)  # type: ignore[no-any-return, no-untyped-call]  # torch does not annotate it
-
-
-def _kept_as(narrow: Tensor, rows: Tensor) -> saved_tensors_hooks:
-    """Let the backward pass widen a matrix again, not keep the wider copy that a sum is made of."""
-    address = rows.data_ptr()
-    return saved_tensors_hooks(
-        lambda tensor: None if tensor.data_ptr() == address else tensor,
-        lambda kept: wide(narrow.detach()) if kept is None else kept,
-    )
 
 
 class _WithDictionaryGradient(torch.autograd.Function):

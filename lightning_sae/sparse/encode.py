@@ -39,17 +39,12 @@ class EncoderScores(Scores):
         rank: Callable[[Tensor, slice, slice], Tensor] | None = None,
         share: Share | None = None,
     ) -> None:
-        super().__init__(len(x), share or Share((len(weight),)))
+        super().__init__(len(x), share or Share((len(weight),)), x.device)
         self._x, self._weight, self._bias = x.detach(), weight.detach(), bias.detach()
         self._scale, self._rank = scale, rank
         # Processes must all go the same way, and a search may decide for tiles.
         if rank is None and self.share.mesh is None and has_kernel(self._x):
             self.search = KernelSearch(self._x, self._weight, self._bias, scale)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs are."""
-        return self._x.device
 
     def feature_rows(self, features: slice, out: Tensor | None = None) -> Tensor:
         """Return the scores of some features, shape (features, tokens)."""

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from lightning_sae.kernels import with_kernel
 from lightning_sae.matches import Matches
+from lightning_sae.numerics import wide
 
 DENSE_ABOVE = 1 / 16  # share of pairs that match: where gathers and a GEMM cost the same on a CPU
 
@@ -67,6 +69,20 @@ def sum_segments(table: Tensor, row: Tensor, weight: Tensor, starts: Tensor) -> 
         mode="sum",
         per_sample_weights=weight,
         include_last_offset=True,
+    )
+
+
+def widened_again(narrow: Tensor, table: Tensor) -> saved_tensors_hooks:
+    """Let sums of rows keep 16-bit numbers for their backward pass, which widens them again.
+
+    Args:
+        narrow: What is kept.
+        table: `wide(narrow)`, of which the sums are made.
+    """
+    address = table.data_ptr()
+    return saved_tensors_hooks(
+        lambda tensor: None if tensor.data_ptr() == address else tensor,
+        lambda kept: wide(narrow.detach()) if kept is None else kept,
     )
 
 
