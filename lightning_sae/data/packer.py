@@ -58,22 +58,7 @@ class Packer:
         Raises:
             UsageError: If a document is not a string.
         """
-        documents = list(documents)  # a `datasets` column is none, though it looks like one
-        for document in documents:
-            if not isinstance(document, str):
-                held = reprlib.repr(document)  # one short line, whatever it is
-                raise UsageError(f"text_column holds {held}, which is not a string")
-        encoded = self.tokenizer(
-            documents, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        joined = itertools.chain.from_iterable(
-            itertools.chain(ids, self.separator) for ids in encoded["input_ids"]
-        )
-        body = self.context_length - len(self.start)
-        tokens = np.fromiter(joined, dtype=np.int32)
-        tokens = tokens[: len(tokens) // body * body].reshape(-1, body)
-        first = np.full((len(tokens), len(self.start)), self.start, dtype=np.int32)
-        return np.concatenate([first, tokens], axis=1)
+        return _PackOnward(self)(documents)["input_ids"]
 
     def kept(self, input_ids: Tensor) -> Tensor:
         """Return which positions are trained and measured on: a bool mask, (contexts, length)."""
@@ -91,12 +76,12 @@ class Packer:
         from datasets import Features, List, Value
 
         return documents.map(
-            _pack_batch,
+            _PackOnward(self),
             batched=True,
             batch_size=DOCUMENTS_AT_ONCE,
+            input_columns=[column],
             remove_columns=[column],
             features=Features({"input_ids": List(Value("int32"), length=self.context_length)}),
-            fn_kwargs={"packer": self, "column": column},
             desc="Tokenizing",
         ).with_format("numpy")
 
@@ -104,8 +89,9 @@ class Packer:
         self, documents: Dataset | IterableDataset, column: str
     ) -> Iterator[NDArray[np.int32]]:
         """Yield the contexts of a data set in its order, (context_length) each."""
+        pack = _PackOnward(self)
         for batch in _read(documents):
-            yield from self.pack(batch[column])
+            yield from pack(batch[column])["input_ids"]
 
 
 def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
@@ -127,7 +113,40 @@ def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
         yield batch
 
 
-def _pack_batch(batch: Any, packer: Packer, column: str) -> dict[str, NDArray[np.int32]]:
-    # `datasets` tells cached results apart by this function's name and arguments, not by what
-    # it calls: rename it when the packing changes.
-    return {"input_ids": packer.pack(batch[column])}
+class _PackOnward:
+    """Packs documents that come in batches; what is left below one context goes into the next.
+
+    `datasets` tells cached results apart by this class's name and attributes, not by what it does:
+    rename it when the packing changes.
+    """
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+        self.left: list[int] = []  # token ids
+
+    def __call__(self, documents: Sequence[Any]) -> dict[str, NDArray[np.int32]]:
+        """Return the contexts that are complete now, as `input_ids`."""
+        packer = self.packer
+        encoded = packer.tokenizer(
+            self._texts(documents),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        joined = itertools.chain.from_iterable(
+            itertools.chain(ids, packer.separator) for ids in encoded["input_ids"]
+        )
+        tokens = np.fromiter(itertools.chain(self.left, joined), dtype=np.int32)
+        body = packer.context_length - len(packer.start)
+        complete = len(tokens) // body * body
+        self.left = tokens[complete:].tolist()
+        bodies = tokens[:complete].reshape(-1, body)
+        first = np.full((len(bodies), len(packer.start)), packer.start, dtype=np.int32)
+        return {"input_ids": np.concatenate([first, bodies], axis=1)}
+
+    def _texts(self, documents: Sequence[Any]) -> list[str]:
+        for document in documents:
+            if not isinstance(document, str):
+                held = reprlib.repr(document)  # one short line, whatever it is
+                raise UsageError(f"text_column holds {held}, which is not a string")
+        return list(documents)  # a `datasets` column is none, though it looks like one

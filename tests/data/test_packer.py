@@ -99,13 +99,21 @@ def test_whole_and_lazy_packing_give_the_same(text_file):
     assert np.array_equal(np.stack(streamed), whole[:]["input_ids"])
 
 
-def test_documents_are_packed_a_thousand_at_a_time(monkeypatch):
-    monkeypatch.setattr("lightning_sae.data.packer.DOCUMENTS_AT_ONCE", 10)
-    texts = documents(25)
-    packer = Packer(ONE, 16)
-    parts = [packer.pack(texts[begin : begin + 10]) for begin in (0, 10, 20)]
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(
+    length=st.integers(2, 40),
+    at_once=st.integers(1, 9),
+    texts=st.lists(st.text(st.sampled_from("kato mi\n0é"), max_size=12), min_size=1, max_size=30),
+)
+def test_nothing_is_lost_between_the_documents_read_at_once(length, at_once, texts):
+    packer = Packer(BOTH, length)
+    expected = packer.pack(texts).tolist()
     text = datasets.Dataset.from_dict({"text": texts})
-    assert packer.pack_all(text, "text")[:]["input_ids"].tolist() == np.concatenate(parts).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sae.data.packer.DOCUMENTS_AT_ONCE", at_once)
+        assert packer.pack_all(text, "text")[:]["input_ids"].tolist() == expected
+        lazily = packer.pack_lazily(text.to_iterable_dataset(), "text")
+        assert [context.tolist() for context in lazily] == expected
 
 
 def packed_file(rank, tokenizer_folder, text_file, cache):
