@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, Importance, score
 from lightning_sae.checks import UsageError
+from lightning_sae.core.batch_statistics import batch_statistics
 from lightning_sae.core.dictionary import Dictionary
 from lightning_sae.core.firing_history import FiringHistory
 from lightning_sae.core.losses import reconstruction_loss
@@ -184,7 +185,8 @@ class Autoencoder(Dictionary, ABC):
         Returns:
             The loss, 0-d with gradient, and a dictionary of detached 0-d tensors: each term of the
             loss, `l0` (matches per token) and its spread `l0_std`, `fvu`, `dead_fraction`, and
-            `threshold` where there is one.
+            `threshold` where there is one. In `train()` mode they are those of all ranks' tokens;
+            the loss itself is this rank's, as its gradient is.
 
         Raises:
             ValueError: If x is not d_model wide, or its affinities are not finite.
@@ -206,7 +208,10 @@ class Autoencoder(Dictionary, ABC):
             with torch.no_grad():
                 self.history.update(matches.per_feature(), len(scaled), self.layout.ranks)
                 self.observe(scores, choice)
-        stats = {"loss": loss, **terms, **self._batch_statistics(scaled, error, matches)}
+        ranks = self.layout.ranks if self.training else None
+        stats = batch_statistics({"loss": loss, **terms}, matches, scaled, error, ranks)
+        stats["dead_fraction"] = self.history.dead().float().mean()
+        stats |= self.threshold_statistics()
         return loss, {name: value.detach() for name, value in stats.items()}
 
     def scores(self, scaled: Tensor) -> Scores:
@@ -271,20 +276,6 @@ class Autoencoder(Dictionary, ABC):
                 f"affinities are not finite after {self.history.tokens_seen.item()} tokens: "
                 "lower the learning rate, or look for NaN or infinite activations"
             ) from None
-
-    @torch.no_grad()
-    def _batch_statistics(
-        self, scaled: Tensor, error: Tensor, matches: Matches
-    ) -> dict[str, Tensor]:
-        per_token = matches.per_token().float()
-        variance = (scaled - scaled.mean(0)).square().sum()
-        return {
-            "l0": per_token.mean(),
-            "l0_std": per_token.std(correction=0),
-            "fvu": error.square().sum() / variance,
-            "dead_fraction": self.history.dead().float().mean(),
-            **self.threshold_statistics(),
-        }
 
 
 def _typed_as(result: Tensor, x: Tensor) -> Tensor:

@@ -62,6 +62,22 @@ class Ranks:
         """Return the mean of a tensor over all ranks."""
         return self.all_reduce(tensor) / self.size
 
+    def average(self, means: Tensor, weight: int) -> Tensor:
+        """Return the average over all ranks of means, each of which counts by its weight.
+
+        Args:
+            means: Of this rank's tokens, say; whatever they are if it has none. Shape (n,).
+            weight: How many those are.
+
+        Returns:
+            Shape (n,); NaN if all weights are 0.
+        """
+        if self.size == 1:
+            return means.detach()
+        own = means.detach() * weight if weight else torch.zeros_like(means)
+        total = self.all_reduce(torch.cat([own, own.new_tensor([weight])]))
+        return total[:-1] / total[-1]
+
     def all_gather(self, rows: Tensor) -> list[Tensor]:
         """Return every rank's rows.
 
