@@ -7,6 +7,7 @@ from typing import Any, Self, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,16 +19,8 @@ from lightning_sae.checks import UsageError
 from lightning_sae.core import Autoencoder
 from lightning_sae.data.batches import activations_in
 from lightning_sae.matches import Matches
-from lightning_sae.metrics import (
-    L0,
-    DeadFeatures,
-    FeatureDensity,
-    FractionOfVarianceUnexplained,
-    L0StandardDeviation,
-    TokenCount,
-    ZipfStatistics,
-)
-from lightning_sae.metrics.collection import collect, figures
+from lightning_sae.metrics import FeatureDensity
+from lightning_sae.metrics.collection import collect, figures, of_a_dictionary
 from lightning_sae.optim.chunked_adam import ChunkedAdam, require_all_tokens
 from lightning_sae.optim.clipping import clip_fused
 from lightning_sae.optim.factories import (
@@ -36,6 +29,7 @@ from lightning_sae.optim.factories import (
     in_terms_of,
     optimizer_and_schedule,
 )
+from lightning_sae.optim.whole_steps import WholeSteps
 from lightning_sae.parallel.agreement import average_gradients, start_alike
 
 __all__ = ["SparseAutoencoder"]
@@ -90,16 +84,8 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
         `update` takes those that it names. Every number in what they compute is logged: a metric's
         as `val/<name>` and `test/<name>`, those of a dictionary under its own keys.
         """
-        together: dict[str, Any] = {"process_group": self.layout.ranks.group}
-        return {
-            "fvu": FractionOfVarianceUnexplained(self.d_model, **together),
-            "l0": L0(**together),
-            "l0_std": L0StandardDeviation(**together),
-            "dead_fraction": DeadFeatures(self.n_features, **together),
-            "feature_density": FeatureDensity(self.n_features, **together),
-            "zipf": ZipfStatistics(self.n_features, **together),
-            "tokens": TokenCount(**together),
-        }
+        ranks = self.layout.ranks
+        return of_a_dictionary(self.d_model, self.n_features, process_group=ranks.group)
 
     @property
     def feature_density(self) -> FeatureDensity | None:
@@ -164,6 +150,10 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
         """
         if self.device_mesh is not None:
             self.share_out(self.device_mesh)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return what keeps checkpoints from between the batches of an optimizer step."""
+        return [WholeSteps()]
 
     def on_fit_start(self) -> None:
         """Start from the same weights in all groups of devices that share out the features."""

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -95,6 +96,18 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
     "_instantiator": [
         # An argument that makes `load_from_checkpoint` call whatever function it names.
         ("LightningModule", lambda: "_instantiator" in inspect.getsource(saving), True),
+    ],
+    "_last_global_step_saved": [
+        # Which step a callback has saved: it does not save that again.
+        ("ModelCheckpoint", lambda: ModelCheckpoint()._last_global_step_saved, 0),
+        (
+            "ModelCheckpoint",
+            lambda: (
+                "_last_global_step_saved"
+                in inspect.getsource(ModelCheckpoint._should_skip_saving_checkpoint)
+            ),
+            True,
+        ),
     ],
     "_make_wrapper_subclass": [
         # Makes a tensor that has a shape, and no memory of its own.

@@ -26,7 +26,7 @@ class StopOnSignal(pl.Callback):
     """Stops training on SIGTERM or SIGINT, saves a checkpoint, and exits with 143 or 130.
 
     Training stops after the optimizer step under way, so with gradient accumulation after the
-    last of its batches; a validation under way is given up after its batch. That takes as long
+    last of its batches; a validation after a step is given up after its batch. That takes as long
     as one step, and the reading of a block of activations if that is what comes next. Every
     `ModelCheckpoint` then saves as it does on its schedule: a run resumed from there goes on bit
     for bit. A signal that reaches one rank stops them all, at the same step.
@@ -60,7 +60,7 @@ class StopOnSignal(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Stop here if no gradients are left over that a checkpoint would lose."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if _is_between_steps(trainer):
             self._act(trainer)
 
     def on_validation_batch_start(
@@ -72,7 +72,7 @@ class StopOnSignal(pl.Callback):
         *_: Any,
     ) -> None:
         """Stop after this batch; after the last one, the next step counts itself correctly."""
-        if batch_idx + 1 < sum(trainer.num_val_batches):
+        if batch_idx + 1 < sum(trainer.num_val_batches) and _is_between_steps(trainer):
             self._act(trainer)
 
     def _act(self, trainer: pl.Trainer) -> None:
@@ -99,6 +99,11 @@ class StopOnSignal(pl.Callback):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
                     callback.save_on_exception = True
+
+
+def _is_between_steps(trainer: pl.Trainer) -> bool:
+    """Return whether no gradients are left over from the last training batch."""
+    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def set_handler(numbers: tuple[int, ...], handler: Callable[[int, Any], object]) -> dict[int, Any]:

@@ -1,16 +1,43 @@
-"""The metrics of one validation: which of them share their counts, and what all of them compute."""
+"""The metrics of one validation: which there are, which share their counts, what they compute."""
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-__all__ = ["collect", "figures"]
+from lightning_sae.metrics.dead import DeadFeatures
+from lightning_sae.metrics.density import FeatureDensity
+from lightning_sae.metrics.fraction_of_variance_unexplained import FractionOfVarianceUnexplained
+from lightning_sae.metrics.l0 import L0, L0StandardDeviation
+from lightning_sae.metrics.tokens import TokenCount
+from lightning_sae.metrics.zipf import ZipfStatistics
+
+__all__ = ["collect", "figures", "of_a_dictionary"]
 
 SHARING_COUNTS = (("l0", "l0_std"), ("dead_fraction", "feature_density", "zipf"))
-"""Names of metrics that `SparseAutoencoder` has, in groups whose states are the same."""
+"""Names of metrics that every dictionary has, in groups whose states are the same."""
+
+
+def of_a_dictionary(d_model: int, n_features: int, **options: Any) -> dict[str, Metric]:
+    """Return the metrics that every dictionary has, by name.
+
+    Args:
+        d_model: Width of the activations.
+        n_features: Size of the dictionary.
+        options: What every `torchmetrics.Metric` takes.
+    """
+    return {
+        "fvu": FractionOfVarianceUnexplained(d_model, **options),
+        "l0": L0(**options),
+        "l0_std": L0StandardDeviation(**options),
+        "dead_fraction": DeadFeatures(n_features, **options),
+        "feature_density": FeatureDensity(n_features, **options),
+        "zipf": ZipfStatistics(n_features, **options),
+        "tokens": TokenCount(**options),
+    }
 
 
 def collect(metrics: Mapping[str, Metric]) -> MetricCollection:

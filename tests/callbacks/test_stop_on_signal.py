@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sae.callbacks import StopOnSignal
 from lightning_sae.callbacks.stop_on_signal import STOP, set_handler
-from tests.callbacks.fakes import FakeSAE, tensors, trainer
+from tests.callbacks.fakes import TOKENS, FakeSAE, tensors, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
@@ -50,6 +50,26 @@ def test_fit_ends_after_the_step_with_a_checkpoint(number, code, tmp_path):
     again = trainer(tmp_path / "again", stop)  # with the same callback
     again.fit(module, tensors(6))
     assert again.global_step == 6
+
+
+class SignalledInValidation(FakeSAE):
+    """Is sent a signal by the validation between the two batches of its first step."""
+
+    def validation_step(self, batch):
+        super().validation_step(batch)
+        if self.trainer.global_step == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_step_under_way_is_made_after_a_validation(tmp_path):
+    save = ModelCheckpoint(tmp_path / "saved", save_last=True)
+    settings = {"accumulate_grad_batches": 2, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    run = trainer(tmp_path, StopOnSignal(), save, enable_checkpointing=True, **settings)
+    with pytest.raises(SystemExit):
+        run.fit(SignalledInValidation(), tensors(6), tensors(3))
+    saved = torch.load(tmp_path / "saved/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 1
+    assert saved["state_dict"]["tokens_seen"] == 2 * TOKENS
 
 
 def test_only_a_main_thread_sets_handlers():
