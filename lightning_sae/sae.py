@@ -21,6 +21,7 @@ from lightning_sae.data.batches import activations_in
 from lightning_sae.matches import Matches
 from lightning_sae.metrics import FeatureDensity
 from lightning_sae.metrics.collection import collect, figures, of_a_dictionary
+from lightning_sae.optim.averaging import average_weights_only
 from lightning_sae.optim.chunked_adam import ChunkedAdam, require_all_tokens
 from lightning_sae.optim.clipping import clip_fused
 from lightning_sae.optim.factories import (
@@ -158,6 +159,7 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
     def on_fit_start(self) -> None:
         """Start from the same weights in all groups of devices that share out the features."""
         start_alike(self, self.layout)
+        average_weights_only(self.trainer, self)
 
     def on_after_backward(self) -> None:
         """Average gradients over groups of devices that share out the features."""

@@ -17,10 +17,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
 import lightning_sae
@@ -51,6 +52,11 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
             lambda: parameters(torchmetrics.Metric._apply),
             ["self", "fn", "exclude_state"],
         ),
+    ],
+    "_average_model": [
+        # torch's `AveragedModel`, from `setup` on.
+        ("WeightAveraging", lambda: WeightAveraging()._average_model, None),
+        ("AveragedModel", lambda: AveragedModel(torch.nn.Linear(1, 1)).use_buffers, False),
     ],
     "_C": [
         # Where the context manager is that keeps results of operations from becoming subclasses.
