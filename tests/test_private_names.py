@@ -20,6 +20,7 @@ import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
@@ -39,6 +40,11 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 def trainer() -> Any:
     return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+
+
+def versions(logger: Any) -> list[Any]:
+    before, logger._version = logger._version, 7
+    return [before, logger.version]
 
 
 MEAN = ["mean_value", "weight"]  # the states of a MeanMetric
@@ -160,6 +166,9 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
             lambda: torch.nn.BatchNorm1d(1).state_dict()._metadata[""],
             {"version": 2},
         ),
+        # The number of a run; None until it is asked for, unless the user named one.
+        ("TensorBoardLogger", lambda: versions(TensorBoardLogger("")), [None, 7]),
+        ("CSVLogger", lambda: versions(CSVLogger("")), [None, 7]),
     ],
     "_trainer": [
         # None in a plain loop, where `trainer` raises.

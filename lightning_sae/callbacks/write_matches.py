@@ -75,10 +75,13 @@ def _stem(trainer: pl.Trainer) -> str:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write this file too
     # Clones, because the columns of one tensor share its memory, which safetensors refuses.
     clones = {
         name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
     }
-    save_file(clones, partial, metadata=metadata)
-    partial.replace(path)
+    try:
+        save_file(clones, partial, metadata=metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,8 +1,5 @@
 """The command `lightning_sae`: LightningCLI and the few things it needs for SAEs."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,6 +19,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line_errors, refusals
 from lightning_sae.cli.noise import silence_noise
 from lightning_sae.cli.parser import ConfigFile, Parser
+from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import FrozenModelDataModule
 
@@ -173,7 +171,7 @@ class SparseAutoencoderCLI(LightningCLI):
 
     def _run(self, subcommand: str, **kwargs: Any) -> None:
         self._check_checkpoint(subcommand, kwargs.get("ckpt_path"))
-        with self._no_files_of_nothing(subcommand):
+        with own_folders(self.trainer, subcommand):
             getattr(self.trainer, subcommand)(**kwargs, weights_only=True)
 
     def _check_checkpoint(self, subcommand: str, path: str | None) -> None:
@@ -200,18 +198,3 @@ class SparseAutoencoderCLI(LightningCLI):
                     "AtomicCheckpointIO, on one device"
                 )
             self.model.on_load_checkpoint(found)
-
-    @contextmanager
-    def _no_files_of_nothing(self, subcommand: str) -> Iterator[None]:
-        """Leave no files behind if a run fails before its first step, or does not train."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            yield
-        except BaseException:
-            if missing and (subcommand != "fit" or self.trainer.global_step == 0):
-                shutil.rmtree(folder, ignore_errors=True)
-                with suppress(OSError):  # another run may use a parent by now
-                    for parent in missing[1:]:
-                        parent.rmdir()
-            raise

@@ -77,4 +77,4 @@ def test_a_failure_leaves_no_file_under_a_final_name(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_sae.callbacks.write_matches.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         predict(tmp_path, FakeSAE(), dataloaders=tensors(1))
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list((tmp_path / "matches").iterdir())
