@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_sae.checks import UsageError
@@ -50,15 +51,15 @@ class Packer:
         """Pack documents; what is left over below one context is dropped.
 
         Args:
-            documents: Strings.
+            documents: Strings. None among them is left out.
 
         Returns:
             Token ids, (contexts, context_length).
 
         Raises:
-            UsageError: If a document is not a string.
+            UsageError: If a document is something else.
         """
-        return _PackOnward(self)(documents)["input_ids"]
+        return _PackOnward(self)(documents, range(len(documents)))["input_ids"]
 
     def kept(self, input_ids: Tensor) -> Tensor:
         """Return which positions are trained and measured on: a bool mask, (contexts, length)."""
@@ -79,6 +80,7 @@ class Packer:
             _PackOnward(self),
             batched=True,
             batch_size=DOCUMENTS_AT_ONCE,
+            with_indices=True,
             input_columns=[column],
             remove_columns=[column],
             features=Features({"input_ids": List(Value("int32"), length=self.context_length)}),
@@ -89,9 +91,11 @@ class Packer:
         self, documents: Dataset | IterableDataset, column: str
     ) -> Iterator[NDArray[np.int32]]:
         """Yield the contexts of a data set in its order, (context_length) each."""
-        pack = _PackOnward(self)
+        pack, first = _PackOnward(self), 0
         for batch in _read(documents):
-            yield from pack(batch[column])["input_ids"]
+            texts = batch[column]
+            yield from pack(texts, range(first, first + len(texts)))["input_ids"]
+            first += len(texts)
 
 
 def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
@@ -123,18 +127,27 @@ class _PackOnward:
     def __init__(self, packer: Packer) -> None:
         self.packer = packer
         self.left: list[int] = []  # token ids
+        self.told = False  # of documents without a text
 
-    def __call__(self, documents: Sequence[Any]) -> dict[str, NDArray[np.int32]]:
-        """Return the contexts that are complete now, as `input_ids`."""
+    def __call__(
+        self, documents: Sequence[Any], numbers: Sequence[int]
+    ) -> dict[str, NDArray[np.int32]]:
+        """Return the contexts that are complete now, as `input_ids`.
+
+        Args:
+            documents: Those of a batch.
+            numbers: Their places among all, for messages.
+        """
         packer = self.packer
-        encoded = packer.tokenizer(
-            self._texts(documents),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
+        texts = self._texts(documents, numbers)
+        encoded = (
+            texts
+            and packer.tokenizer(  # which cannot be given none
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )["input_ids"]
         )
         joined = itertools.chain.from_iterable(
-            itertools.chain(ids, packer.separator) for ids in encoded["input_ids"]
+            itertools.chain(ids, packer.separator) for ids in encoded
         )
         tokens = np.fromiter(itertools.chain(self.left, joined), dtype=np.int32)
         body = packer.context_length - len(packer.start)
@@ -144,9 +157,20 @@ class _PackOnward:
         first = np.full((len(bodies), len(packer.start)), packer.start, dtype=np.int32)
         return {"input_ids": np.concatenate([first, bodies], axis=1)}
 
-    def _texts(self, documents: Sequence[Any]) -> list[str]:
-        for document in documents:
-            if not isinstance(document, str):
+    def _texts(self, documents: Sequence[Any], numbers: Sequence[int]) -> list[str]:
+        texts = []
+        for document, number in zip(documents, numbers, strict=True):
+            if isinstance(document, str):
+                texts.append(document)
+            elif document is not None:
                 held = reprlib.repr(document)  # one short line, whatever it is
-                raise UsageError(f"text_column holds {held}, which is not a string")
-        return list(documents)  # a `datasets` column is none, though it looks like one
+                raise UsageError(
+                    f"text_column holds {held}, which is not a string, at document {number}"
+                )
+            elif not self.told:
+                self.told = True
+                rank_zero_info(
+                    f"text_column holds nothing at document {number}: it is left out, and so are "
+                    "all others like it"
+                )
+        return texts

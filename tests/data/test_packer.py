@@ -135,7 +135,32 @@ def test_packed_text_is_found_again_by_another_process(text_file, tmp_path):
     assert len(files[0]) == 1
 
 
-@pytest.mark.parametrize("row", [None, 3, ["a"]])
-def test_rows_that_are_not_strings(row):
-    with pytest.raises(ValueError, match=r"^text_column holds .*, which is not a string$"):
-        Packer(ONE, 8).pack(["fine", row])
+@pytest.mark.parametrize("way", ["pack", "pack_all", "pack_lazily"])
+def test_documents_that_are_no_text_are_left_out_and_told_once(monkeypatch, caplog, way):
+    monkeypatch.setattr("lightning_sae.data.packer.DOCUMENTS_AT_ONCE", 3)
+    texts = documents(9)
+    missing = [*texts[:4], None, *texts[4:6], None, None, None, None, None, *texts[6:]]
+    text = datasets.Dataset.from_dict({"text": missing})
+    packer = Packer(ONE, 8)
+    with caplog.at_level("INFO"):
+        packed = {
+            "pack": lambda: packer.pack(missing),
+            "pack_all": lambda: packer.pack_all(text, "text")[:]["input_ids"],
+            "pack_lazily": lambda: np.stack(list(packer.pack_lazily(text, "text"))),
+        }[way]()
+    assert packed.tolist() == packer.pack(texts).tolist()
+    assert [record.getMessage() for record in caplog.records] == [
+        "text_column holds nothing at document 4: it is left out, and so are all others like it"
+    ]
+
+
+@pytest.mark.parametrize("row", [3, ["a"]])
+def test_rows_that_are_not_strings(monkeypatch, row):
+    monkeypatch.setattr("lightning_sae.data.packer.DOCUMENTS_AT_ONCE", 2)
+    message = r"^text_column holds .*, which is not a string, at document 3$"
+    with pytest.raises(ValueError, match=message):
+        Packer(ONE, 8).pack([*"abc", row])
+    features = datasets.Features({"text": datasets.Value("int32")})
+    text = datasets.Dataset.from_dict({"text": [3, 4, 5]}, features)
+    with pytest.raises(ValueError, match=r"^text_column holds 3, .*, at document 0$"):
+        Packer(ONE, 8).pack_all(text, "text")

@@ -171,7 +171,7 @@ def test_arguments_out_of_range(make, changed, message):
         ({"text": "no.txt"}, r"^text='no.txt' does not exist$"),
         ({"train_split": "no"}, r"^train_split='no': text='.*' has the splits train$"),
         ({"text_column": "no"}, r"^text_column='no': text='.*' has the columns "),
-        ({"text_column": "id"}, r"^text_column holds \d+, which is not a string$"),
+        ({"text_column": "id"}, r"^text_column holds \d+, which is not a string, at document 0$"),
         ({"batch_size": 10**6}, r"^text='.*' gives only \d+ contexts to train on; one batch needs"),
     ],
 )

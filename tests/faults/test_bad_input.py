@@ -78,7 +78,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("data.text", "broken.jsonl", "text='broken.jsonl' cannot be read"),
     ("data.text", "broken_later.jsonl", "text='broken_later.jsonl' cannot be read"),
     ("data.text", "numbers.jsonl", "1, which is not a string"),
-    ("data.text", "nulls.jsonl", "None, which is not a string"),
+    ("data.text", "nulls.jsonl", "text='nulls.jsonl' gives only 0 contexts"),
     ("data.text", "short.txt", "text='short.txt' gives only 0 contexts"),
     ("data.text", "table.csv", "text='table.csv' should end in one of"),
     ("data.text", "no/such-text", "text='no/such-text' cannot be read"),
