@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from copy import copy
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,9 @@ class ResidualStream:
         check_layer(model.config, layer)
         self.model = model
         self.layer = layer
-        self._block = _blocks(model)[layer]
+        self._path, blocks = _blocks(model)
+        self._block = blocks[layer]
+        self._skips: bool | None = None  # whether blocks may be left out; None: not known yet
 
     @property
     def d_model(self) -> int:
@@ -81,8 +85,10 @@ class ResidualStream:
         input_ids: Tensor,
         edit: Callable[[Tensor], Tensor],
         attention_mask: Tensor | None = None,
+        *,
+        states: Tensor | None = None,
     ) -> Tensor:
-        """Run the whole model with the layer's residual stream x replaced by `edit(x)`.
+        """Run the model with the layer's residual stream x replaced by `edit(x)`.
 
         Gradients flow through the edit and the later blocks unless the caller disables them.
 
@@ -93,6 +99,10 @@ class ResidualStream:
                 model's dtype. With `lambda x: x` the model's own logits come out, bit for bit.
             attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding. Of
                 no meaning for images.
+            states: What `read` returned for these inputs. The blocks up to the layer are then not
+                run again, unless the model needs more of them than what they put out: the first
+                call finds out on two of the inputs. The logits are the same, bit for bit. None: not
+                known.
 
         Returns:
             Logits, (contexts, length, vocabulary), or (images, classes) of a model that classifies.
@@ -106,14 +116,64 @@ class ResidualStream:
             edited = edit(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-        output = self._forward(splice, input_ids, attention_mask)
+        model = self.model
+        if states is not None and self._may_skip(input_ids, attention_mask):
+            model = self._after(states)
+        output = self._forward(splice, input_ids, attention_mask, model)
         if not hasattr(output, "logits"):
             raise UsageError(f"model: {type(self.model).__name__} gives no logits")
         logits: Tensor = output.logits
         return logits
 
+    def _may_skip(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        """Return whether the model's logits follow from what the layer puts out.
+
+        They do not where later blocks read what earlier ones left elsewhere: keys and values, say.
+        """
+        if self._skips is None:
+            ids, mask = input_ids[:2], None if attention_mask is None else attention_mask[:2]
+            with torch.no_grad():
+                whole, states = self._forward(None, ids, mask).logits, self.read(ids, mask)
+                self._forward(None, torch.zeros_like(ids), mask)  # overwrites what they left
+                try:
+                    rest = self._forward(None, ids, mask, self._after(states)).logits
+                except Exception:  # there is no end to what a model may miss
+                    self._skips = False
+                else:
+                    self._skips = torch.equal(rest, whole)
+        return self._skips
+
+    def _after(self, states: Tensor) -> PreTrainedModel:
+        """Return the model with blocks up to the layer that only put out these states.
+
+        Only the modules from the model down to these blocks are others; those share with the
+        model's own their hooks, weights and all that is in them.
+        """
+
+        def putting_out(block: nn.Module) -> nn.Module:
+            idle = copy(block)
+            # A copy each time, since models may change what a block puts out in place.
+            idle.forward = lambda *_inputs, **_options: states.clone()
+            return idle
+
+        blocks = self.model.get_submodule(self._path).named_children()
+        others = {name: putting_out(b) for name, b in itertools.islice(blocks, self.layer + 1)}
+        path = self._path
+        while True:
+            twin = copy(self.model.get_submodule(path))
+            # Private to torch, where setting a child would set it in the model's own module too.
+            twin._modules = {**twin._modules, **others}
+            if not path:
+                return cast("PreTrainedModel", twin)
+            path, _, name = path.rpartition(".")
+            others = {name: twin}
+
     def _forward(
-        self, hook: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None
+        self,
+        hook: Callable[..., Any] | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        model: PreTrainedModel | None = None,
     ) -> Any:
         reads_text = self.model.main_input_name == "input_ids"
         options = {"attention_mask": attention_mask, "use_cache": False} if reads_text else {}
@@ -121,13 +181,13 @@ class ResidualStream:
 
         def in_this_thread(*seen: Any) -> Any:
             # Activations may be read ahead while the same model does something else.
-            return hook(*seen) if get_ident() == thread else None
+            return hook(*seen) if hook is not None and get_ident() == thread else None
 
         handle = self._block.register_forward_hook(in_this_thread)
         try:
             # The model's dtype says how it computes, whatever autocast the caller is in.
             with torch.autocast(self.device.type, enabled=False):
-                return self.model(input_ids, return_dict=True, **options)
+                return (model or self.model)(input_ids, return_dict=True, **options)
         finally:
             handle.remove()
 
@@ -140,7 +200,7 @@ def check_layer(config: PretrainedConfig, layer: int) -> None:
         raise UsageError(f"layer={layer} is out of range: {name} has layers 0 to {layers - 1}")
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     layers = model.config.get_text_config().num_hidden_layers
     found = {
         name: module
@@ -154,7 +214,7 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
             f"{type(model).__name__} should have one ModuleList of {layers} blocks, "
             f"found {outermost or 'none'}"
         )
-    return found[outermost[0]]
+    return outermost[0], found[outermost[0]]
 
 
 def _hidden_states(output: Any) -> Tensor:

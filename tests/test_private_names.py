@@ -76,6 +76,10 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
         # What the user named; None if nothing.
         ("Strategy", lambda: SingleDeviceStrategy()._checkpoint_io, None),
     ],
+    "_modules": [
+        # The children of a module, in which a copy of it shares them with the original.
+        ("torch.nn.Module", lambda: list(torch.nn.ReLU()._modules), []),
+    ],
     "_parse_ckpt_path": [
         # Overridden to do nothing.
         ("LightningCLI", lambda: parameters(LightningCLI._parse_ckpt_path), ["self"]),

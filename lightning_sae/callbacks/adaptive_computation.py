@@ -51,7 +51,8 @@ class AdaptiveComputationCallback(HeldOutCallback):
 
     Args:
         tokens: Tokens to measure on, over all devices, in whole batches; each is run through the
-            language model once. The default leaves correlations a standard error below 0.01.
+            language model once in a run. The default leaves correlations a standard error below
+            0.01.
 
     Raises:
         ValueError: If `tokens` is not positive.
@@ -76,7 +77,10 @@ class AdaptiveComputationCallback(HeldOutCallback):
         scored[:, [0, -1]] = False
         x = batch["activations"][scored[kept]]  # (scored, d_model)
         matches = pl_module.match(x).per_token()
-        losses = next_token_losses(residual_stream.replace(input_ids, lambda x: x), input_ids)
+        losses = self.remembered(
+            lambda: _losses(residual_stream, input_ids, batch.get("states")),
+            *(residual_stream, input_ids),
+        )
         inner = scored[:, 1:-1]
         hardness = {
             "surprise": losses[:, :-1][inner],
@@ -90,7 +94,9 @@ class AdaptiveComputationCallback(HeldOutCallback):
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Log the correlations and draw."""
         for name, correlation in self._correlations.items():
-            value = correlation.compute()  # equal on all ranks, and so is whether it is logged
+            value = correlation.to(
+                pl_module.device
+            ).compute()  # equal on all ranks, and so is whether it is logged
             if not value.isnan():
                 pl_module.log(f"{stage}/l0_correlation_{name}", value, sync_dist=True)
         matches, surprise = torch.cat(self._seen, dim=1)
@@ -99,6 +105,11 @@ class AdaptiveComputationCallback(HeldOutCallback):
             histogram = plot_matches_per_token(matches)
             board.add_figure(f"{stage}/matches_by_surprise", by_surprise, trainer.global_step)
             board.add_figure(f"{stage}/matches_per_token", histogram, trainer.global_step)
+
+
+def _losses(residual_stream: ResidualStream, input_ids: Tensor, states: Tensor | None) -> Tensor:
+    known = {} if states is None else {"states": states}
+    return next_token_losses(residual_stream.replace(input_ids, lambda x: x, **known), input_ids)
 
 
 def plot_matches_by_loss(matches: Tensor, loss: Tensor) -> Figure:

@@ -1,16 +1,20 @@
 """What callbacks share that run the language model on held-out text."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_sae.checks import require_positive
 from lightning_sae.parallel import Ranks, ranks_of
 from lightning_sae.residual_stream import ResidualStream
+
+T = TypeVar("T")
 
 
 class HeldOutCallback(Callback, ABC):
@@ -32,6 +36,7 @@ class HeldOutCallback(Callback, ABC):
         require_positive(tokens=tokens)
         self.tokens = tokens
         self._measured = 0  # tokens, by this rank
+        self._memory: dict[str, Any] = {}
 
     @abstractmethod
     def start(self, ranks: Ranks) -> None:
@@ -91,6 +96,35 @@ class HeldOutCallback(Callback, ABC):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was measured."""
         self._log(trainer, pl_module, "test")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember nothing of another run, whose language model may be another."""
+        self._memory = {}
+
+    def remembered(
+        self, compute: Callable[..., T], residual_stream: ResidualStream, *decisive: Tensor
+    ) -> T:
+        """Return `compute()`, or what it returned in this run for the same tensors.
+
+        A language model that is being trained is not remembered.
+
+        Args:
+            compute: Depends on nothing but the language model and these tensors.
+            residual_stream: The language model.
+            decisive: The tensors, of any shapes.
+        """
+        model = getattr(residual_stream, "model", None)
+        if model is None or any(weight.requires_grad for weight in model.parameters()):
+            return compute()
+        digest = hashlib.sha256()
+        for tensor in decisive:
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in self._memory:
+            self._memory[key] = compute()
+        value: T = self._memory[key]
+        return value
 
     def _start(self, trainer: pl.Trainer) -> None:
         self._measured = 0

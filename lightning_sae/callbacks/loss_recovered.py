@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_sae.callbacks.held_out import HeldOutCallback
 from lightning_sae.metrics import LossRecovered
+from lightning_sae.metrics.loss_recovered import ablated_losses
 from lightning_sae.parallel import Ranks
 from lightning_sae.residual_stream import ResidualStream
 
@@ -23,7 +24,8 @@ class LossRecoveredCallback(HeldOutCallback):
 
     Args:
         tokens: Tokens to measure on, over all devices, in whole batches. Each is run through the
-            language model four times, which takes longer than everything else in a validation.
+            language model's blocks after the layer four times, and twice in later validations: what
+            ablation costs does not change. That takes longer than the rest of a validation.
 
     Raises:
         ValueError: If `tokens` is not positive.
@@ -41,8 +43,15 @@ class LossRecoveredCallback(HeldOutCallback):
         self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
     ) -> None:
         """Run the language model on a batch, as it is, spliced and ablated."""
+        ids, kept, mean = batch["input_ids"], batch["kept"], pl_module.input_mean
+        states = batch.get("states")
+        ablated = self.remembered(
+            lambda: ablated_losses(residual_stream, ids, kept, mean, states=states),
+            residual_stream,
+            *(ids, kept, mean),
+        )
         self._metric.to(pl_module.device).update(
-            residual_stream, batch["input_ids"], pl_module, batch["kept"], pl_module.input_mean
+            residual_stream, ids, pl_module, kept, mean, states=states, ablated=ablated
         )
 
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -38,12 +38,14 @@ class TrainBatch(TypedDict):
 class HeldOutBatch(TypedDict):
     """Whole inputs: `activations`, (tokens, d_model) float32, of the kept positions, in order.
 
-    `kept` is the mask of these positions, (inputs, length). The inputs are there too, under the
+    `kept` is the mask of these positions, (inputs, length), and `states` has what was read at all
+    positions, (inputs, length, d_model), in the model's dtype. The inputs are there too, under the
     data module's `input_key`: `input_ids`, (contexts, length), or `image_numbers`, (images).
     """
 
     activations: Tensor
     kept: Tensor
+    states: Tensor
     input_ids: NotRequired[Tensor]
     image_numbers: NotRequired[Tensor]
 
@@ -201,6 +203,7 @@ class HeldOutBatches:
                 "activations": activations[kept.to(activations.device)].float(),
                 self.key: inputs,
                 "kept": kept,
+                "states": activations,
             }
             yield cast(HeldOutBatch, batch)  # a type checker cannot know the key
 

@@ -1,7 +1,10 @@
 """What splicing the reconstruction into the language model costs it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +14,14 @@ from lightning_sae.metrics.base import TotalsMetric
 from lightning_sae.metrics.next_token_losses import next_token_losses
 from lightning_sae.numerics import ratio, widest_float
 from lightning_sae.residual_stream import ResidualStream
+
+
+class AblatedLosses(NamedTuple):
+    """Cross-entropies of the ablated model, in nats, summed over a batch's scored positions."""
+
+    zero: Tensor
+    mean: Tensor
+
 
 _TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
 
@@ -31,7 +42,8 @@ class LossRecovered(TotalsMetric):
     edited if it is kept, but has no next token and is not scored. All averages are over scored
     positions.
 
-    An update runs the model four times, and holds the logits of two runs at most. ``compute``
+    An update runs the model four times, or twice where it is given what ablation costs, and holds
+    the logits of two runs at most. Each run is shorter with the states at hand. ``compute``
     returns a dictionary, so log it with ``self.log_dict(metric.compute())`` and `reset` by hand, or
     put the metric in a `MetricCollection`. All values are NaN before the first scored position.
 
@@ -74,6 +86,9 @@ class LossRecovered(TotalsMetric):
         reconstruct: Callable[[Tensor], Tensor],
         kept: Tensor,
         mean: Tensor,
+        *,
+        states: Tensor | None = None,
+        ablated: AblatedLosses | None = None,
     ) -> None:
         """Run the model on a batch of contexts, clean, spliced and twice ablated.
 
@@ -84,6 +99,9 @@ class LossRecovered(TotalsMetric):
                 as an autoencoder in `eval()` mode.
             kept: True where the activation is edited, shape (contexts, length).
             mean: Mean activation, shape (d_model,).
+            states: What `residual_stream.read` returned for these contexts, which makes for shorter
+                runs. None: not known.
+            ablated: What `ablated_losses` returned for the same arguments. None: not known.
 
         Raises:
             ValueError: If a shape is not as above, or kept is not boolean.
@@ -91,23 +109,20 @@ class LossRecovered(TotalsMetric):
         scored = _scored_positions(input_ids, kept)
         if not scored.any():
             return
-
-        def run(replacement: Callable[[Tensor], Tensor]) -> Tensor:
-            return residual_stream.replace(input_ids, _edit(kept, replacement))
-
+        run = _Runs(residual_stream, input_ids, kept, states)
         clean = run(lambda x: x)
         spliced = run(reconstruct)
         kl = _divergence(clean, spliced, scored)
         ce_clean = _cross_entropy(clean, input_ids, scored)
         ce_spliced = _cross_entropy(spliced, input_ids, scored)
         del clean, spliced  # before the next logits
-        ce_zero = _cross_entropy(run(torch.zeros_like), input_ids, scored)
-        ce_mean = _cross_entropy(run(lambda x: _rows_of(mean, like=x)), input_ids, scored)
+        if ablated is None:
+            ablated = ablated_losses(residual_stream, input_ids, kept, mean, states=states)
         self.add_to_totals(
             ce_clean=ce_clean,
             ce_spliced=ce_spliced,
-            ce_zero=ce_zero,
-            ce_mean=ce_mean,
+            ce_zero=ablated.zero,
+            ce_mean=ablated.mean,
             kl=kl,
             tokens=scored.sum(),
         )
@@ -119,6 +134,35 @@ class LossRecovered(TotalsMetric):
         from the clean predictions), ``ce_clean``, ``ce_spliced``, ``ce_zero`` and ``ce_mean``.
         """
         return _loss_recovered_compute({name: getattr(self, name) for name in _TOTALS}, self.tokens)
+
+
+@torch.no_grad()
+def ablated_losses(
+    residual_stream: ResidualStream,
+    input_ids: Tensor,
+    kept: Tensor,
+    mean: Tensor,
+    *,
+    states: Tensor | None = None,
+) -> AblatedLosses:
+    """Run the model on a batch of contexts, twice ablated. No dictionary plays a part in it.
+
+    Args:
+        residual_stream: As in `LossRecovered.update`, and so are the others.
+        input_ids: Token ids, shape (contexts, length).
+        kept: True where the activation is edited, shape (contexts, length).
+        mean: Mean activation, shape (d_model,).
+        states: What `residual_stream.read` returned for these contexts. None: not known.
+
+    Raises:
+        ValueError: If a shape is not as above, or kept is not boolean.
+    """
+    scored = _scored_positions(input_ids, kept)
+    run = _Runs(residual_stream, input_ids, kept, states)
+    return AblatedLosses(
+        zero=_cross_entropy(run(torch.zeros_like), input_ids, scored),
+        mean=_cross_entropy(run(lambda x: _rows_of(mean, like=x)), input_ids, scored),
+    )
 
 
 def loss_recovered(
@@ -178,6 +222,21 @@ def _scored_positions(input_ids: Tensor, kept: Tensor) -> Tensor:
     scored = kept.clone()
     scored[:, -1] = False  # no next token to predict
     return scored
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The model on a batch of contexts, with one thing or another in place of the activations."""
+
+    residual_stream: ResidualStream
+    input_ids: Tensor
+    kept: Tensor
+    states: Tensor | None
+
+    def __call__(self, replacement: Callable[[Tensor], Tensor]) -> Tensor:
+        known = {} if self.states is None else {"states": self.states}
+        edit = _edit(self.kept, replacement)
+        return self.residual_stream.replace(self.input_ids, edit, **known)
 
 
 def _edit(kept: Tensor, replacement: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -64,9 +64,12 @@ class FakeLanguageModel:
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
         self.embeddings = torch.randn(9, D_MODEL, generator=generator)
+        self.model = nn.ParameterList([nn.Parameter(self.embeddings, requires_grad=False)])
+        self.runs = 0
 
     def replace(self, input_ids, edit):
         assert not torch.is_grad_enabled()
+        self.runs += 1
         return edit(self.embeddings[input_ids]) @ self.embeddings.T
 
 
@@ -93,6 +96,15 @@ def contexts(count):
         x = torch.randn(int(kept.sum()), D_MODEL, generator=generator)
         made.append({"activations": x, "input_ids": input_ids, "kept": kept})
     return made
+
+
+def first_contexts(count, batches):
+    """The batches with no more than so many contexts, of which each has five."""
+    cut = []
+    for number, batch in enumerate(batches):
+        here = {name: batch[name][: max(count - 5 * number, 0)] for name in ("input_ids", "kept")}
+        cut.append({**here, "activations": batch["activations"][: int(here["kept"].sum())]})
+    return cut
 
 
 def tensors(count=4):

@@ -4,7 +4,14 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sae.callbacks import LossRecoveredCallback
 from lightning_sae.metrics import LossRecovered
-from tests.callbacks.fakes import FakeData, FakeLanguageModel, FakeSAE, contexts, tensors, trainer
+from tests.callbacks.fakes import (
+    FakeData,
+    FakeLanguageModel,
+    FakeSAE,
+    contexts,
+    tensors,
+    trainer,
+)
 
 
 def expected(module, batches):
@@ -64,6 +71,39 @@ def test_each_validation_starts_afresh_and_the_sanity_check_leaves_nothing(tmp_p
     rows = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 3  # a header and two validations
     assert "val/loss_recovered_mean" in rows[0]
+
+
+class Moving(FakeSAE):
+    """Takes another mean activation with each step."""
+
+    def training_step(self, batch):
+        self.input_mean += 0.5
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize(
+    ("module", "trains", "runs"),
+    [(FakeSAE, False, 4 + 2 + 2), (FakeSAE, True, 4 + 4 + 4), (Moving, False, 4 + 4 + 4)],
+)
+def test_what_ablation_costs_is_measured_once_unless_it_changes(tmp_path, module, trains, runs):
+    sae, data = module(), FakeData()
+    data.residual_stream.model.requires_grad_(trains)
+    logger = CSVLogger(tmp_path, name="")
+    run = trainer(
+        tmp_path, LossRecoveredCallback(), logger=logger, max_epochs=3, num_sanity_val_steps=0
+    )
+    run.fit(sae, datamodule=data)
+    assert data.residual_stream.runs == 3 * runs  # batches
+    wanted = expected(sae, contexts(3))
+    for name, value in wanted.items():
+        assert float(run.callback_metrics[f"val/{name}"]) == pytest.approx(value, rel=1e-5)
+    # Nothing is remembered beyond a run: the language model may be another.
+    run.validate(sae, datamodule=FakeData(), verbose=False)
+    other = FakeData()
+    other.residual_stream.embeddings *= 2
+    (logged,) = run.validate(sae, datamodule=other, verbose=False)
+    assert logged["val/ce_zero"] == pytest.approx(wanted["ce_zero"])
+    assert logged["val/ce_mean"] != pytest.approx(wanted["ce_mean"])
 
 
 def test_it_measures_without_gradients_and_in_eval_mode(tmp_path):

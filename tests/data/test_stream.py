@@ -178,6 +178,7 @@ def test_held_out_batches_are_the_contexts_in_order(contexts, model_batch_size):
         assert batch["activations"].dtype == torch.float32
         expected = read(batch["input_ids"])[batch["kept"]].float()
         assert torch.equal(batch["activations"], expected)
+        assert torch.equal(batch["states"], read(batch["input_ids"]))
 
 
 def test_inputs_may_be_numbers_of_images():

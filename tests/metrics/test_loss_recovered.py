@@ -8,6 +8,7 @@ from torchmetrics import MetricCollection
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_sae.metrics import L0, LossRecovered, loss_recovered
+from lightning_sae.metrics.loss_recovered import ablated_losses
 from lightning_sae.residual_stream import ResidualStream
 from tests.helpers.ddp import run_on_two
 
@@ -160,6 +161,24 @@ def test_no_more_than_two_runs_of_logits_are_held_at_once():
     LossRecovered().update(recorder, input_ids, shrink, input_ids == 0, MEAN)
     assert len(recorder.alive) == 4
     assert recorder.most_alive <= 2
+
+
+def test_states_and_ablated_losses_at_hand_change_nothing_but_the_runs(stream):
+    input_ids, kept = contexts(4)
+    states, ran = stream.read(input_ids), []
+
+    class Counting:
+        def replace(self, input_ids, edit, **known):
+            ran.append(known)
+            return stream.replace(input_ids, edit, **known)
+
+    expected = value_of(stream, shrink, (input_ids, kept))
+    ablated = ablated_losses(Counting(), input_ids, kept, MEAN, states=states)
+    metric = LossRecovered()
+    metric.update(Counting(), input_ids, shrink, kept, MEAN, states=states, ablated=ablated)
+    assert metric.compute() == expected
+    assert len(ran) == 4
+    assert all(known["states"] is states for known in ran)
 
 
 @pytest.mark.parametrize("keep", [[], [-1]])
