@@ -50,7 +50,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
     `Matches`, and the mean activation as `input_mean`, (d_model,), as `SparseAutoencoder` has.
 
     Args:
-        tokens: Tokens to measure on, over all devices, in whole batches; each is run through the
+        tokens: Tokens to measure on, over all devices, in whole contexts; each is run through the
             language model once in a run. The default leaves correlations a standard error below
             0.01.
 
@@ -61,11 +61,11 @@ class AdaptiveComputationCallback(HeldOutCallback):
     def __init__(self, tokens: int = 16_384) -> None:
         super().__init__(tokens)
         self._correlations: dict[str, Correlation] = {}  # of matches with each kind of hardness
-        self._seen: list[Tensor] = []  # matches and surprise, (2, tokens), of this rank
+        self._drawn: list[Tensor] = []  # matches and surprise, (2, tokens), of this rank
 
     def start(self, ranks: Ranks) -> None:
         """Forget what was measured."""
-        self._seen = []
+        self._drawn = []
         self._correlations = {name: Correlation(process_group=ranks.group) for name in _HARDNESS}
 
     def measure(
@@ -89,7 +89,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
         }
         for name, each in hardness.items():
             self._correlations[name].to(pl_module.device).update(matches, each)
-        self._seen.append(torch.stack([matches.float(), hardness["surprise"]]).cpu())
+        self._drawn.append(torch.stack([matches.float(), hardness["surprise"]]).cpu())
 
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Log the correlations and draw."""
@@ -99,7 +99,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
             ).compute()  # equal on all ranks, and so is whether it is logged
             if not value.isnan():
                 pl_module.log(f"{stage}/l0_correlation_{name}", value, sync_dist=True)
-        matches, surprise = torch.cat(self._seen, dim=1)
+        matches, surprise = torch.cat([torch.empty(2, 0), *self._drawn], dim=1)
         for board in tensorboards(trainer) if len(matches) else []:
             by_surprise = plot_matches_by_loss(matches, surprise)
             histogram = plot_matches_per_token(matches)

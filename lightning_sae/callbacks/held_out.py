@@ -1,6 +1,7 @@
 """What callbacks share that run the language model on held-out text."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -18,15 +19,16 @@ T = TypeVar("T")
 
 
 class HeldOutCallback(Callback, ABC):
-    """Measures on the first held-out batches of every validation and test, and logs at its end.
+    """Measures on the first held-out contexts of every validation and test, and logs at its end.
 
     It needs a datamodule with the language model as `residual_stream`, whose batches are mappings
     with `activations`, `input_ids` and `kept`, as `ActivationDataModule` has; with other data it
-    does nothing.
+    does nothing. Which contexts these are does not depend on the number of devices where a batch
+    says with `first` which of all contexts is the first of its own.
 
     Args:
         tokens: Tokens to measure on, over all devices, counted as the data module counts
-            `validation_tokens`. Batches are measured whole, until there are as many.
+            `validation_tokens`. Contexts are measured whole, until there are as many.
 
     Raises:
         ValueError: If `tokens` is not positive.
@@ -35,7 +37,7 @@ class HeldOutCallback(Callback, ABC):
     def __init__(self, tokens: int) -> None:
         require_positive(tokens=tokens)
         self.tokens = tokens
-        self._measured = 0  # tokens, by this rank
+        self._seen = 0  # contexts, by this rank
         self._memory: dict[str, Any] = {}
 
     @abstractmethod
@@ -50,7 +52,7 @@ class HeldOutCallback(Callback, ABC):
     def measure(
         self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
     ) -> None:
-        """Measure on a batch. Ranks may measure different numbers of them, but at least one."""
+        """Measure on a batch. Ranks may measure different numbers of them, or none."""
 
     @abstractmethod
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -127,19 +129,35 @@ class HeldOutCallback(Callback, ABC):
         return value
 
     def _start(self, trainer: pl.Trainer) -> None:
-        self._measured = 0
+        self._seen = 0
         self.start(ranks_of(trainer))
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        enough = self._measured * ranks_of(trainer).size >= self.tokens
-        if enough or not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
+        if not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
             return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
-        if residual_stream is not None:
-            self.measure(pl_module, residual_stream, batch)
-            self._measured += batch["input_ids"].numel()
+        if residual_stream is None:
+            return
+        contexts, length = batch["input_ids"].shape
+        first = batch.get("first", self._seen * ranks_of(trainer).size)
+        self._seen += contexts
+        missing = math.ceil(self.tokens / length) - first
+        if missing > 0:
+            self.measure(pl_module, residual_stream, _first(missing, batch))
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Data that is not usable is not usable on any rank, so all ranks log, or none.
-        if self._measured > 0:
+        if self._seen > 0:
             self.log_results(trainer, pl_module, stage)
+
+
+def _first(contexts: int, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch with no more than its first contexts."""
+    if contexts >= len(batch["kept"]):
+        return batch
+    cut = {
+        name: batch[name][:contexts] for name in ("input_ids", "kept", "states") if name in batch
+    }
+    if "activations" in batch:
+        cut["activations"] = batch["activations"][: int(cut["kept"].sum())]
+    return {**batch, **cut}

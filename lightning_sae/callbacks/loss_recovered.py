@@ -23,7 +23,7 @@ class LossRecoveredCallback(HeldOutCallback):
     (d_model,), as `SparseAutoencoder` has.
 
     Args:
-        tokens: Tokens to measure on, over all devices, in whole batches. Each is run through the
+        tokens: Tokens to measure on, over all devices, in whole contexts. Each is run through the
             language model's blocks after the layer four times, and twice in later validations: what
             ablation costs does not change. That takes longer than the rest of a validation.
 
@@ -56,5 +56,5 @@ class LossRecoveredCallback(HeldOutCallback):
 
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Log what was measured."""
-        for name, value in self._metric.compute().items():
+        for name, value in self._metric.to(pl_module.device).compute().items():
             pl_module.log(f"{stage}/{name}", value, sync_dist=True)  # equal already: no warning

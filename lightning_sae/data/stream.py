@@ -40,12 +40,14 @@ class HeldOutBatch(TypedDict):
 
     `kept` is the mask of these positions, (inputs, length), and `states` has what was read at all
     positions, (inputs, length, d_model), in the model's dtype. The inputs are there too, under the
-    data module's `input_key`: `input_ids`, (contexts, length), or `image_numbers`, (images).
+    data module's `input_key`: `input_ids`, (contexts, length), or `image_numbers`, (images);
+    `first` is the number of the first of them among all that are held out.
     """
 
     activations: Tensor
     kept: Tensor
     states: Tensor
+    first: int
     input_ids: NotRequired[Tensor]
     image_numbers: NotRequired[Tensor]
 
@@ -196,7 +198,9 @@ class HeldOutBatches:
         # Equal numbers of batches, no batch empty: collectives hang when a rank has one less.
         ranks = self.ranks
         batches = self.inputs.tensor_split(len(self) * ranks.size)
-        for inputs in batches[ranks.index :: ranks.size]:
+        firsts = itertools.accumulate((len(inputs) for inputs in batches), initial=0)
+        numbered = list(zip(firsts, batches, strict=False))
+        for first, inputs in numbered[ranks.index :: ranks.size]:
             activations, kept = self.read(inputs), self.kept(inputs)
             _check_finite(activations, kept, self.source)
             batch = {
@@ -204,6 +208,7 @@ class HeldOutBatches:
                 self.key: inputs,
                 "kept": kept,
                 "states": activations,
+                "first": first,
             }
             yield cast(HeldOutBatch, batch)  # a type checker cannot know the key
 

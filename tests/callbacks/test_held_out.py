@@ -2,48 +2,80 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_sae.callbacks import LossRecoveredCallback
-from tests.callbacks.fakes import FakeData, FakeSAE
+from lightning_sae.callbacks import AdaptiveComputationCallback, LossRecoveredCallback
+from lightning_sae.data import HeldOutBatches
+from tests.callbacks.fakes import LENGTH, FakeData, FakeLanguageModel, FakeSAE
 from tests.helpers.ddp import run_on_two
 
+CALLBACKS = {"loss": LossRecoveredCallback, "adaptive": AdaptiveComputationCallback}
 
-def measure_on_rank(rank, tokens, together=True):
-    """Callback's values of a rank that has every other batch, one context less on the second.
 
-    If they are not together, each has a strategy in which no other has tokens of its own.
-    """
-    data, module, logged = FakeData(count=6), FakeSAE().eval(), {}
+def run_callback(callback, batches, trainer):
+    """What a callback logs of held-out batches."""
+    torch.manual_seed(0)
+    module, logged = FakeSAE().eval(), {}
     module.factor.data.fill_(0.5)
     module.log = lambda name, value, sync_dist: logged.update({name: value.item()})
-    trainer = SimpleNamespace(sanity_checking=False, datamodule=data)
-    if not together:
-        alone = [dist.new_group([each]) for each in range(2)][rank]
-        mesh = {"data_parallel": SimpleNamespace(get_group=lambda: alone)}
-        trainer.strategy = SimpleNamespace(device_mesh=mesh)
-    callback = LossRecoveredCallback(tokens=tokens)
     callback.on_validation_epoch_start(trainer, module)
-    for index, batch in enumerate(data.batches[rank::2]):
-        if rank == 1:
-            batch = {name: batch[name][:-1] for name in ("input_ids", "kept")}
-        callback.on_validation_batch_end(trainer, module, None, batch, index)
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            callback.on_validation_batch_end(trainer, module, None, batch, index)
     callback.on_validation_epoch_end(trainer, module)
-    return logged, callback._measured
+    return logged
 
 
-def test_ranks_share_the_tokens_and_may_need_different_numbers_of_batches():
-    # Batches of 30 and of 24 tokens: half of 50 takes one of the first, but two of the second.
-    for tokens, measured in ((1, [30, 24]), (50, [30, 48]), (1000, [90, 72])):
-        (first, on_first), (second, on_second) = run_on_two(measure_on_rank, tokens)
-        assert [on_first, on_second] == measured
-        assert first == second
-        assert torch.tensor(list(first.values())).isfinite().all()
+def measure_on_rank(rank, name, cases):
+    """Values of a rank on its share of so many contexts, cut into batches of such a size."""
+    read = FakeLanguageModel().embeddings.__getitem__
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=False, datamodule=FakeData())
+    results = []
+    for contexts, batch_size, tokens in cases:
+        ids = torch.randint(9, (contexts, LENGTH), generator=torch.Generator().manual_seed(3))
+        batches = HeldOutBatches(ids, lambda ids: ids != 4, read, batch_size, "")
+        results.append(
+            run_callback(CALLBACKS[name](tokens=tokens), without_states(batches), trainer)
+        )
+    return results
+
+
+def without_states(batches):
+    return [{name: batch[name] for name in batch if name != "states"} for batch in batches]
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_what_is_measured_does_not_depend_on_the_number_of_devices(name):
+    # Among them: uneven batches, a part of one, and a second rank that measures nothing.
+    sizes = [(7, 3), (7, 2), (10, 4), (11, 50), (2, 1)]
+    cases = [(*size, tokens) for size in sizes for tokens in (1, LENGTH + 1, 4 * LENGTH, 1000)]
+    alone = measure_on_rank(0, name, cases)
+    for values in run_on_two(measure_on_rank, name, cases):
+        for case, found, expected in zip(cases, values, alone, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5, nan_ok=True), case
+    assert sum(len(values) > 0 for values in alone) > len(cases) / 2
+
+
+def measure_alone_on_rank(rank, tokens):
+    """Values of a rank in whose strategy no other has tokens of its own."""
+    alone = [dist.new_group([each]) for each in range(2)][rank]
+    mesh = {"data_parallel": SimpleNamespace(get_group=lambda: alone)}
+    data = FakeData(count=6)
+    trainer = SimpleNamespace(
+        sanity_checking=False, datamodule=data, strategy=SimpleNamespace(device_mesh=mesh)
+    )
+    callback = LossRecoveredCallback(tokens=tokens)
+    return run_callback(callback, data.batches[rank::2], trainer), int(callback._metric.tokens)
 
 
 def test_only_processes_with_other_tokens_measure_together():
-    (first, on_first), (second, on_second) = run_on_two(measure_on_rank, 50, False)
-    assert [on_first, on_second] == [60, 72]  # 50 of its own, in whole batches
+    (first, on_first), (second, on_second) = run_on_two(measure_alone_on_rank, 50)
+    batches = FakeData(count=6).batches
+    scored = [
+        torch.cat([batch["kept"] for batch in batches[rank::2]])[:9, :-1].sum() for rank in range(2)
+    ]
+    assert [on_first, on_second] == scored  # in 9 contexts, which hold 50 tokens, each
     assert first["val/ce_clean"] > 0
     assert first != second

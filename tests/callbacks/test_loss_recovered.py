@@ -9,6 +9,7 @@ from tests.callbacks.fakes import (
     FakeLanguageModel,
     FakeSAE,
     contexts,
+    first_contexts,
     tensors,
     trainer,
 )
@@ -36,13 +37,15 @@ def test_values_are_those_of_the_metric_over_all_batches(tmp_path, stage):
         assert logged[f"{stage}/{name}"] == pytest.approx(value, rel=1e-5), name
 
 
-@pytest.mark.parametrize(("tokens", "batches"), [(1, 1), (30, 1), (31, 2), (60, 2), (1000, 3)])
-def test_it_stops_when_it_has_measured_enough(tmp_path, tokens, batches):
+@pytest.mark.parametrize(
+    ("tokens", "measured"), [(1, 1), (6, 1), (7, 2), (30, 5), (31, 6), (60, 10), (1000, 15)]
+)
+def test_it_stops_when_it_has_measured_enough(tmp_path, tokens, measured):
     module = FakeSAE()
-    run = trainer(tmp_path, LossRecoveredCallback(tokens=tokens))  # a batch has 30
+    run = trainer(tmp_path, LossRecoveredCallback(tokens=tokens))  # a context has 6
     for _ in range(2):  # each time anew
         (logged,) = run.validate(module, datamodule=FakeData(), verbose=False)
-        wanted = expected(module, contexts(batches))
+        wanted = expected(module, first_contexts(measured, contexts(3)))
         assert logged["val/ce_clean"] == pytest.approx(wanted["ce_clean"], rel=1e-6)
 
 

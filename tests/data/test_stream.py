@@ -179,6 +179,7 @@ def test_held_out_batches_are_the_contexts_in_order(contexts, model_batch_size):
         expected = read(batch["input_ids"])[batch["kept"]].float()
         assert torch.equal(batch["activations"], expected)
         assert torch.equal(batch["states"], read(batch["input_ids"]))
+        assert torch.equal(ids[batch["first"]], batch["input_ids"][0])
 
 
 def test_inputs_may_be_numbers_of_images():
@@ -220,6 +221,7 @@ def test_ranks_say_which_share_of_a_batch_is_here():
         ids[2:4].tolist(),
         ids[6:].tolist(),
     ]
+    assert [batch["first"] for batch in held_out] == [2, 6]
 
 
 def batches_of_rank(rank, cases):
