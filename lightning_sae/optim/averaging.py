@@ -1,6 +1,6 @@
 """Lightning's averages of weights, in modules whose buffers are counts and thresholds."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
@@ -19,7 +19,8 @@ def average_weights_only(trainer: pl.Trainer, module: pl.LightningModule) -> Non
         trainer: Whose callbacks.
         module: What it trains.
     """
-    for callback in trainer.callbacks:
+    callbacks = cast(Any, trainer).callbacks  # type checkers do not find it
+    for callback in callbacks:
         if not isinstance(callback, WeightAveraging):
             continue
         # Private: in public there is only `use_buffers=False`, for every user to know of, by which
