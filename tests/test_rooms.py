@@ -1,4 +1,4 @@
-"""The layout of the package: what a file may import, and how long it may be."""
+"""The layout of the package: what a file may import, how long it is, where its tests are."""
 
 import ast
 from pathlib import Path
@@ -88,3 +88,18 @@ def test_no_two_files_import_each_other():
 def test_files_can_be_read_at_a_sitting(name: str):
     lines = len(FILES[name].read_text().splitlines())
     assert lines <= (250 if name == "lightning_sae.sae" else 300)
+
+
+TESTED_WITH = {
+    "allocation.choice": "allocation/test_feature_choice",  # a named tuple
+    "sparse.gradient_form": "sparse/test_row_gradient",
+    **{f"kernels.{path.stem}": "kernels/test_kernels" for path in PACKAGE.glob("kernels/*.py")},
+}
+"""Files that have no tests of their own, and whose they share."""
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("__")])
+def test_each_file_has_its_tests(name: str):
+    *folders, file = name.split(".")[1:]
+    where = TESTED_WITH.get(".".join((*folders, file)), "/".join((*folders, f"test_{file}")))
+    assert (Path(__file__).parent / f"{where}.py").exists()

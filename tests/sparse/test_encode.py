@@ -14,7 +14,6 @@ from lightning_sae.allocation import (
 from lightning_sae.kernels import maxima, pairs
 from lightning_sae.sparse import (
     EncoderScores,
-    dot_rows,
     encode,
     matched_affinities,
     rows,
@@ -167,10 +166,3 @@ def test_weights_that_are_not_numbers_do_not_fill_the_memory(
     with pytest.raises(FloatingPointError):
         threshold_choice(EncoderScores(x, weight, bias), 0.0)
     assert capacities == [800]
-
-
-def test_dot_rows_are_entries_of_the_product(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rows, "_ENTRIES", 8)
-    left, right = torch.randn(6, 5), torch.randn(9, 5)
-    one, other = torch.randint(0, 6, (20,)), torch.randint(0, 9, (20,))
-    torch.testing.assert_close(dot_rows(left, one, right, other), (left @ right.T)[one, other])
