@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self, cast
+from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,10 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sae.checkpoint_format import FORMAT, KEY, upgrade
-from lightning_sae.checkpoint_io import in_present_format
-from lightning_sae.checks import UsageError
-from lightning_sae.core import Autoencoder
+from lightning_sae.checkpointed import CheckpointedAutoencoder
 from lightning_sae.data.batches import activations_in
 from lightning_sae.matches import Matches
 from lightning_sae.metrics import FeatureDensity
@@ -36,7 +32,7 @@ from lightning_sae.parallel.agreement import average_gradients, start_alike
 __all__ = ["SparseAutoencoder"]
 
 
-class SparseAutoencoder(Autoencoder, pl.LightningModule):
+class SparseAutoencoder(CheckpointedAutoencoder):
     """A sparse autoencoder that Lightning can train: the base of every architecture.
 
     What it is and learns is `lightning_sae.core.Autoencoder`, and needs no Trainer: `forward`,
@@ -158,6 +154,7 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Start from the same weights in all groups of devices that share out the features."""
+        super().on_fit_start()
         start_alike(self, self.layout)
         average_weights_only(self.trainer, self)
 
@@ -201,40 +198,3 @@ class SparseAutoencoder(Autoencoder, pl.LightningModule):
         """Step, then restore the unit norm: before any callback can write a checkpoint."""
         super().optimizer_step(*args, **kwargs)
         self.normalize_decoder()
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a trained SAE as Lightning does, running nothing that the file or URL may hold.
-
-        In Lightning 2.6.6 a checkpoint can name functions to call in place of an optimizer, also
-        one loaded with `weights_only=True`; `LightningModule.load_from_checkpoint` calls them.
-
-        Raises:
-            ValueError: If it is damaged, or has arguments that this class has not.
-        """
-        safe = {"weights_only": True, "_instantiator": None}
-        path = in_present_format(checkpoint_path)
-        try:
-            return super().load_from_checkpoint(path, *args, **(kwargs | safe))
-        except TypeError as error:
-            raise UsageError(f"{checkpoint_path} is not of a {cls.__name__}: {error}") from error
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the architecture and the format, so that other ones are told apart."""
-        checkpoint["architecture"] = type(self).__name__
-        checkpoint[KEY] = FORMAT
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture or shape; bring an older one up to date.
-
-        Raises:
-            ValueError: If it is one; the message names both.
-        """
-        upgrade(checkpoint)
-        # A ModelParallelStrategy has loaded the weights by now, and taken them out.
-        features, width = checkpoint.get("state_dict", self.state_dict())["decoder.weight"].shape
-        name = checkpoint.get("architecture", "an unnamed architecture")
-        found = f"{name}(d_model={width}, n_features={features})"
-        expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
-        if found != expected:
-            raise UsageError(f"the checkpoint holds {found}, the configuration asks for {expected}")

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -169,7 +170,13 @@ def test_it_loads_and_computes_what_it_did(name: str):
 def test_a_run_goes_on_as_it_did(name: str, plugins: list, tmp_path: Path):
     architecture, options = SAES[name]
     optimizer = partial(torch.optim.Adam, lr=0.01)
-    sae = architecture(d_model=4, n_features=16, **options, optimizer=optimizer)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> LambdaLR:
+        # A step at the rate that the first run ended with, as was made then.
+        return LambdaLR(optimizer, lambda step: 0.0 if step == 3 else 1 - step / 5)
+
+    options = {**options, "optimizer": optimizer, "lr_scheduler": schedule}
+    sae = architecture(d_model=4, n_features=16, **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=5,

@@ -13,6 +13,7 @@ ROOMS = (
     ("architectures",),
     ("callbacks",),
     ("sae",),
+    ("checkpointed",),
     ("optim", "checkpoint_io", "checkpoint_format"),
     ("core",),
     ("sparse",),

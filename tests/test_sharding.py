@@ -181,6 +181,7 @@ def fit(
     x = superposition(4 * TOKENS, 8, n_features=16, seed=0).double().view(4, TOKENS, 8)
     own = TensorDataset(x.chunk(groups, 1)[place].flatten(0, 1))
     loader = DataLoader(own, batch_size=TOKENS // groups)
+    adam = partial(torch.optim.Adam, weight_decay=0.0, fused=True)  # as ChunkedAdam says it
     torch.manual_seed(process)  # each takes rows of its own dictionary
     sae = FeatureChoiceSAE(
         8,
@@ -188,7 +189,9 @@ def fit(
         3,
         mutual_choice_tokens=5 * TOKENS,
         dead_after_tokens=2 * TOKENS,
-        optimizer=ChunkedAdam if chunked else partial(torch.optim.Adam, fused=True),
+        optimizer=ChunkedAdam
+        if chunked
+        else partial(torch.optim.Adam, weight_decay=0.0, fused=True),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
     ).double()
     with pytest.MonkeyPatch.context() as patch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,6 @@ from lightning_sae.checks import UsageError
 from lightning_sae.parallel import local
 
 __all__ = ["refuse_before_loading", "refuse_unfit", "require_finite", "told_in_one_line"]
-
-
-@runtime_checkable
-class Checked(Protocol):
-    """A module that knows which values its state can have."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse a state, of which parts may be left out, with a UsageError."""
 
 
 def refuse_before_loading(module: nn.Module) -> None:
@@ -47,7 +36,8 @@ def refuse_unfit(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, 
         UsageError: If counters are no whole numbers, or `check_state` refuses.
     """
     for path, part in module.named_modules():
-        if not isinstance(part, Checked):
+        check_state = getattr(part, "check_state", None)
+        if check_state is None:
             continue
         here = f"{prefix}{path}." if path else prefix
         state = {}
@@ -57,7 +47,7 @@ def refuse_unfit(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, 
                 if found.is_floating_point() != own.is_floating_point():
                     raise UsageError(f"{name} is to be loaded as {found.dtype}, and is {own.dtype}")
                 state[name] = found
-        part.check_state(state)
+        check_state(state)
 
 
 def require_finite(

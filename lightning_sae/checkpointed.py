@@ -1,0 +1,78 @@
+"""An autoencoder as a LightningModule that is saved, loaded, and trained on from checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_sae.checkpoint_format import FORMAT, KEY, upgrade
+from lightning_sae.checkpoint_io import in_present_format
+from lightning_sae.checks import UsageError
+from lightning_sae.core import Autoencoder
+from lightning_sae.core.loading import refuse_unfit
+from lightning_sae.optim.resumption import Resumption
+
+__all__ = ["CheckpointedAutoencoder"]
+
+
+class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
+    """The hooks by which Lightning writes and reads checkpoints."""
+
+    def __init__(self, d_model: int, n_features: int, **options: Any) -> None:
+        super().__init__(d_model, n_features, **options)
+        self._resumption = Resumption()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a trained SAE as Lightning does, running nothing that the file or URL may hold.
+
+        In Lightning 2.6.6 a checkpoint can name functions to call in place of an optimizer, also
+        one loaded with `weights_only=True`; `LightningModule.load_from_checkpoint` calls them.
+
+        Raises:
+            ValueError: If it is damaged, or has arguments that this class has not.
+        """
+        safe = {"weights_only": True, "_instantiator": None}
+        path = in_present_format(checkpoint_path)
+        try:
+            return super().load_from_checkpoint(path, *args, **(kwargs | safe))
+        except TypeError as error:
+            raise UsageError(f"{checkpoint_path} is not of a {cls.__name__}: {error}") from error
+
+    def on_fit_start(self) -> None:
+        """Have the optimizers take no state from a checkpoint that they could not have made."""
+        if self._trainer is not None:
+            names: dict[Tensor, str] = {each: name for name, each in self.named_parameters()}
+            self._resumption.watch(self._trainer, names)
+
+    def on_train_start(self) -> None:
+        """Say which settings of a resumed run are others than those of its checkpoint."""
+        self._resumption.tell()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the architecture and the format, so that other ones are told apart."""
+        checkpoint["architecture"] = type(self).__name__
+        checkpoint[KEY] = FORMAT
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture or shape; bring an older one up to date.
+
+        Raises:
+            UsageError: If it is one, and the message names both; or if it lacks what a run needs.
+        """
+        upgrade(checkpoint)
+        # A ModelParallelStrategy has loaded the weights by now, and taken them out.
+        weight = checkpoint.get("state_dict", self.state_dict()).get("decoder.weight")
+        if getattr(weight, "ndim", 0) != 2:
+            raise UsageError("the checkpoint holds no SAE: it has no matrix decoder.weight")
+        features, width = weight.shape
+        name = checkpoint.get("architecture", "an unnamed architecture")
+        found = f"{name}(d_model={width}, n_features={features})"
+        expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
+        if found != expected:
+            raise UsageError(f"the checkpoint holds {found}, the configuration asks for {expected}")
+        refuse_unfit(self, checkpoint.get("state_dict", {}), "")
+        if self._trainer is not None:
+            self._resumption.read(self._trainer, checkpoint)
