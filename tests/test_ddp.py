@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
-from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.architectures.threshold import Scope, ThresholdSAE
 from lightning_sae.parallel import Ranks
 from tests.helpers.ddp import run_on
 from tests.helpers.superposition import superposition
@@ -121,6 +121,26 @@ def test_ranks_may_have_a_budget_each():
     one, other = run_on(2, choose_locally)
     assert one == other
     assert one[0] == 3
+
+
+def with_all_tokens_here(rank: int, scope: Scope) -> dict[str, Tensor]:
+    """Return what is logged of the last of three batches, all of whose tokens are on rank 0."""
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(8, 48, 3, scope=scope, dead_after_tokens=TOKENS)
+    for step in range(3):
+        x = superposition(TOKENS, 8, n_features=16, seed=step)
+        loss, stats = sae.loss(x[: TOKENS if rank == 0 else 0])
+        loss.backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in sae.parameters())
+    return stats
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_rank_may_have_no_tokens(scope: Scope):
+    expected = with_all_tokens_here(0, scope)
+    assert expected["aux_zipf_loss"] > 0
+    for found in run_on(2, with_all_tokens_here, scope):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("architecture", [MutualChoiceSAE, FeatureChoiceSAE])

@@ -70,6 +70,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     threshold_per_feature: ClassVar[bool] = True
     choosing: Tensor
     target_density: Tensor
+    _started = False  # in this process: a resumed run may have other batches
 
     def __init__(
         self,
@@ -134,14 +135,19 @@ class FeatureChoiceSAE(ThresholdSAE):
     def prepare(self, x: Tensor) -> None:
         """Let features choose from this batch on, if the first phase is over.
 
+        A batch that is too small for `min_matches`, such as the last one of an epoch, is chosen
+        from as in the first phase, and budgets wait for the next one.
+
         Raises:
-            ValueError: If the batch is too small for `min_matches`.
+            ValueError: If the first batch of a run is too small already.
         """
         super().prepare(x)
         if not self.choosing:
             tokens = self.batch_tokens(x)
-            self._require_enough(tokens)
-            if self._first_phase_is_over():
+            if tokens and not self._started:
+                self._require_enough(tokens)
+                self._started = True
+            if self._is_enough(tokens) and self._first_phase_is_over():
                 self.begin_feature_choice(tokens)
 
     def choose(self, scores: Scores) -> Choice:
@@ -219,9 +225,13 @@ class FeatureChoiceSAE(ThresholdSAE):
         over = self.share_is_over(self.mutual_choice_share)
         return seen >= self.history.dead_after_tokens if over is None else over
 
+    def _is_enough(self, tokens: int) -> bool:
+        least = self.min_matches * self.n_features if self.budgets == "zipf" else self.k
+        return self.k * tokens >= least
+
     def _require_enough(self, tokens: int) -> None:
         total = self.k * tokens
-        if self.budgets == "zipf" and total < self.min_matches * self.n_features:
+        if not self._is_enough(tokens):
             batches = self.layout.ranks.size if self.scope == "local" else 1
             needed = math.ceil(self.min_matches * self.n_features / self.k) * batches
             raise UsageError(

@@ -101,13 +101,19 @@ class ThresholdSAE(SparseAutoencoder):
         return Choice(mutual_choice(scores, budget, guess, ranks=self.choosing_ranks))
 
     def batch_threshold(self, chosen: Matches) -> Tensor:
-        """Return the smallest chosen score of a batch, 0-d; zero if nothing was positive."""
-        ranks = self.layout.ranks
+        """Return the smallest chosen score of a batch, 0-d.
+
+        Zero if nothing was positive, and NaN if there are no tokens.
+        """
+        ranks, tokens = self.layout.ranks, chosen.shape[0]
         smallest = chosen.value.min() if len(chosen) else chosen.value.new_tensor(torch.inf)
+        some = torch.full_like(smallest, min(1, tokens))
         if self.scope == "global":
-            smallest = ranks.all_reduce(smallest, "min")
+            both = ranks.all_reduce(torch.stack([smallest, 1 - some]), "min")
+            return both[0].where(both[0].isfinite(), 0).where(both[1] == 0, torch.nan)
         smallest = smallest.where(smallest.isfinite(), 0)
-        return smallest if self.scope == "global" else ranks.mean(smallest)
+        both = ranks.all_reduce(torch.stack([smallest, some]))
+        return both[0] / both[1]
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -121,9 +127,11 @@ class ThresholdSAE(SparseAutoencoder):
                 threshold is that of all together.
 
         Raises:
-            ValueError: If x is not d_model wide.
+            ValueError: If x is not d_model wide, or there are no tokens.
             FloatingPointError: If affinities are NaN or infinite.
         """
+        if not self.layout.ranks.count(x, x.device):
+            raise UsageError("calibrate takes activations of at least one token")
         self.threshold.copy_(self.calibrated(self.scaled(x)))
 
     def calibrated(self, scaled: Tensor) -> Tensor:
@@ -165,6 +173,8 @@ class ThresholdSAE(SparseAutoencoder):
         """Move the threshold towards what this batch was cut at."""
         chosen = choice.matches
         seen = self.batch_threshold(chosen).float()
+        if bool(seen.isnan()):
+            return
         own = self.scope == "local" and len(chosen) > 0
         last = float(chosen.value.min() if own else seen)
         self._cuts = (self._cuts[1] if self._cuts else last, last)

@@ -172,6 +172,8 @@ class WeightedSample:
         """
         ours = ranks.index
         longest = int(ranks.all_reduce(torch.tensor(len(rows), device=rows.device), "max"))
+        if longest == 0:
+            return
         table = weights.new_zeros(ranks.size, longest)
         table[ours, : len(rows)] = weights
         table = ranks.all_reduce(table).cpu().double()  # (ranks, longest)

@@ -102,7 +102,7 @@ class Autoencoder(Dictionary, ABC):
         Args:
             x: Activations, shape (tokens, d_model).
         """
-        if not self.initialized:
+        if not self.initialized and self.layout.ranks.count(x, x.device):
             self.initialize(x)
 
     def share_is_over(self, share: float) -> bool | None:

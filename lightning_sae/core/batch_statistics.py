@@ -42,7 +42,7 @@ def batch_statistics(
     return {
         **terms,
         "l0": firings.mean(),
-        "l0_std": firings.std(correction=0),
+        "l0_std": firings.std(correction=0) if len(firings) else firings.mean(),
         "fvu": _share(squared_error, variation),
     }
 

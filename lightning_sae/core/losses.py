@@ -11,12 +11,13 @@ from lightning_sae.matches import Matches
 
 
 def reconstruction_loss(error: Tensor) -> Tensor:
-    """Return the mean squared error over tokens and dimensions.
+    """Return the mean squared error over tokens and dimensions; 0 if there are no tokens.
 
     Args:
         error: Activations less their reconstruction, shape (tokens, d_model).
     """
-    return error.square().mean()
+    squares = error.square()
+    return squares.mean() if len(error) else squares.sum()  # a mean of nothing would be NaN
 
 
 def sparsity_loss(matches: Matches, d_model: int) -> Tensor:
@@ -29,4 +30,4 @@ def sparsity_loss(matches: Matches, d_model: int) -> Tensor:
         matches: The codes of a batch.
         d_model: Width of the activations.
     """
-    return matches.value.sum() / (matches.shape[0] * d_model)
+    return matches.value.sum() / (max(1, matches.shape[0]) * d_model)

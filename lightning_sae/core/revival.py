@@ -13,6 +13,7 @@ from lightning_sae.allocation import token_choice
 from lightning_sae.checks import UsageError, require_not_negative, require_positive, require_share
 from lightning_sae.core.dictionary import Dictionary
 from lightning_sae.core.firing_history import FiringHistory
+from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
 
@@ -101,10 +102,10 @@ def aux_k_loss(error: Tensor, modelled: Tensor, ranks: Ranks | None = None) -> T
         tensor(0.6250)
     """
     target = error.detach()
-    mean = _mean(target.mean(0), ranks)
-    variance = _mean((target - mean).square().mean(), ranks)
+    mean = _average(target.mean(0), target, ranks)
+    variance = _average((target - mean).square().mean(), target, ranks)
     weight = torch.where(variance > 0, 1 / variance, 0.0)  # a branch would wait for the device
-    return (target - modelled).square().mean() * weight
+    return reconstruction_loss(target - modelled) * weight
 
 
 def aux_zipf_loss(
@@ -186,5 +187,7 @@ def _modelled(
     return dictionary.sum_directions(matches.with_values(matches.value * weighted))
 
 
-def _mean(value: Tensor, ranks: Ranks | None) -> Tensor:
-    return value if ranks is None else ranks.mean(value)
+def _average(mean: Tensor, over: Tensor, ranks: Ranks | None) -> Tensor:
+    if ranks is None:
+        return mean
+    return ranks.average(mean.flatten(), len(over)).view_as(mean)

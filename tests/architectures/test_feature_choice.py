@@ -231,6 +231,18 @@ def test_the_first_phase_can_be_calibrated():
     assert (sae.encode(held_out) > 0).sum() == 3 * 8192
 
 
+def test_a_smaller_batch_later_on_is_chosen_from_too():
+    """As the last one of an epoch is; features begin to choose in one of full size."""
+    sae = FeatureChoiceSAE(8, 48, 3, mutual_choice_tokens=129, zipf_exponent=1.0, zipf_offset=1.0)
+    chose = []
+    for tokens in (64, 64, 1, 2, 64, 3, 64):
+        sae.loss(superposition(tokens, 8, n_features=16, seed=tokens))
+        chose.append(bool(sae.choosing))
+    assert chose == [False] * 4 + [True] * 3
+    torch.testing.assert_close(sae.target_density.sum().item(), 3.0)
+    assert sae.target_density.min() * 64 >= 1 - 1e-5
+
+
 def test_a_budget_too_small_for_the_dictionary_is_explained():
     sae = FeatureChoiceSAE(8, 1000, 2, mutual_choice_tokens=1000)  # noticed in the first phase
     with pytest.raises(

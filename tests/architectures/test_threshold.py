@@ -45,6 +45,12 @@ def test_k_out_of_range(k: int):
         MutualChoiceSAE(8, 24, k=k)
 
 
+def test_calibration_takes_tokens():
+    sae = MutualChoiceSAE(8, 24, k=3)
+    with pytest.raises(ValueError, match="calibrate takes activations of at least one token"):
+        sae.calibrate(torch.zeros(0, 8))
+
+
 def test_calibration_gives_k_matches_a_token_on_these_tokens():
     sae = MutualChoiceSAE(8, 24, k=3)
     sae.loss(superposition(64, 8, n_features=16, seed=0))

@@ -54,6 +54,14 @@ def draw(weights: torch.Tensor, size: int, seed: int, parts: int = 2) -> list[in
     return sample.rows.squeeze(1).int().tolist()
 
 
+def test_no_rows_change_nothing():
+    sample = WeightedSample()
+    for count in (0, 3, 0):
+        rows = torch.ones(count, 2)
+        sample.add(rows, rows[:, 0], size=5, seed=count, ranks=Ranks())
+    assert sample.rows.shape == (3, 2)
+
+
 def test_rows_are_drawn_as_if_one_after_the_other():
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
     draws = 2000

@@ -104,6 +104,26 @@ def test_eval_mode_changes_nothing(make):
         assert torch.equal(value, before[name]), name
 
 
+@every_architecture
+def test_a_batch_without_tokens_changes_nothing(make):
+    """Neither before the first one that has some, nor later."""
+    sae = make(dead_after_tokens=100)
+    for batches in (0, 3):
+        for _ in range(batches):
+            sae.loss(activations(256))
+        before = copy.deepcopy(sae.state_dict())
+        loss, stats = sae.loss(activations(256)[:0])
+        loss.backward()
+        assert loss == stats["loss"] == 0
+        assert stats["l0"].isnan()
+        assert not any(parameter.grad.any() for parameter in sae.parameters())
+        for name, value in sae.state_dict().items():
+            assert torch.equal(value.nan_to_num(-1), before[name].nan_to_num(-1)), name
+    sae.loss(activations(256))
+    assert sae.tokens_seen == 4 * 256
+    assert sae.encode(activations(256)[:0]).shape == (0, N_FEATURES)
+
+
 def test_history_and_figures_count_codes_and_not_scores():
     """A score above 0 whose code is not, by rounding or by a rule of one's own, is no firing."""
 
