@@ -12,6 +12,7 @@ from lightning_sae.checkpoint_io import in_present_format
 from lightning_sae.checks import UsageError
 from lightning_sae.core import Autoencoder
 from lightning_sae.core.loading import refuse_unfit
+from lightning_sae.optim.logged_steps import write_curves
 from lightning_sae.optim.resumption import Resumption
 
 __all__ = ["CheckpointedAutoencoder"]
@@ -52,7 +53,8 @@ class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
         self._resumption.tell()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the architecture and the format, so that other ones are told apart."""
+        """Write curves up to here; note what tells other architectures and formats apart."""
+        write_curves(self.trainer)
         checkpoint["architecture"] = type(self).__name__
         checkpoint[KEY] = FORMAT
 

@@ -42,6 +42,10 @@ def trainer() -> Any:
     return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
+def connector() -> Any:
+    return trainer()._logger_connector
+
+
 def versions(logger: Any) -> list[Any]:
     before, logger._version = logger._version, 7
     return [before, logger.version]
@@ -93,6 +97,10 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
         # An argument that checkpoints of its command line have.
         ("LightningCLI", lambda: "_class_path" in source(LightningCLI), True),
     ],
+    "_forward_cache": [
+        # The value of a step; of a metric that is not in use, None.
+        ("torchmetrics.Metric", lambda: torchmetrics.MeanMetric()._forward_cache, None),
+    ],
     "_foreach_mul_": [
         # How `clip_grad_norm_` scales gradients.
         (
@@ -123,6 +131,12 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
                 in inspect.getsource(ModelCheckpoint._should_skip_saving_checkpoint)
             ),
             True,
+    "_logger_connector": [
+        # Gives loggers the values of a step.
+        (
+            "Trainer",
+            lambda: connector().update_train_step_metrics.__name__,
+            "update_train_step_metrics",
         ),
     ],
     "_make_wrapper_subclass": [
@@ -144,6 +158,10 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
     "_reductions": [
         # All states and how they are joined.
         ("torchmetrics.Metric", lambda: list(torchmetrics.MeanMetric()._reductions), MEAN),
+    ],
+    "_results": [
+        # All values of the loop under way by name; None without one.
+        ("Trainer", lambda: trainer()._results, None),
     ],
     "_schema": [
         # Says whether an operation changes what it is given.
