@@ -1,5 +1,6 @@
 """The command `lightning_sae`: LightningCLI and the few things it needs for SAEs."""
 
+import sys
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -40,6 +41,8 @@ def main(args: ArgsType = None) -> None:
         args: Command line, without the program's name. Default: that of the process.
     """
     silence_noise()
+    if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for classes of the user's; `python -m` has it by itself
     with exit_on_signals(), one_line_errors():
         SparseAutoencoderCLI(
             SparseAutoencoder,

@@ -219,6 +219,22 @@ def test_it_is_a_command_and_a_module(tmp_path: Path):
         assert lightning_sae.__version__ in version.stdout
 
 
+def test_a_class_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the script too, in whose path this folder is not."""
+    elsewhere = [path for path in sys.path if path not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    monkeypatch.setattr(sys, "argv", ["lightning_sae", "fit", "--config", "topk.yaml"])
+    sys.argv += ["--model", "my_sae.MySAE", "--model.k", "3"]
+    (tmp_path / "my_sae.py").write_text(
+        "from lightning_sae import TopKSAE\n\n\nclass MySAE(TopKSAE):\n    pass\n"
+    )
+    made = []
+    monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda cli: made.append(cli))
+    monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda cli, subcommand: None)
+    main()
+    assert made[0].config.fit.model.class_path == "my_sae.MySAE"
+
+
 def test_a_wheel_carries_the_configurations_and_the_model(tmp_path: Path):
     from hatchling.builders.wheel import WheelBuilder
 
