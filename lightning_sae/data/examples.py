@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sae.checks import UsageError
+from lightning_sae.data.files import by_split, format_of, load_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 __all__ = ["Modality", "load_examples"]
+
+NO_DATA: Final = {
+    "README.md",
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+}
+"""Files that `datasets` never takes for data."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,6 @@ def load_examples(
     held_out: int,
     streaming: bool,
     seed: int,
-    options: Mapping[str, Any],
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
     """Open a data set as training and held-out examples, none of them in both.
 
@@ -60,7 +71,6 @@ def load_examples(
         held_out: How many: random ones, or the first ones if streaming.
         streaming: Read examples as they are needed instead of all of them first.
         seed: Seed of that choice.
-        options: Further arguments of `datasets.load_dataset`.
 
     Returns:
         Training and held-out examples, each with `column` as its only column.
@@ -69,7 +79,7 @@ def load_examples(
         UsageError: If the data set, split or column does not exist, or holds too few examples.
     """
     called = f"{modality.argument}={name!r}"
-    splits = _load(modality, called, path, config, {"streaming": streaming, **options})
+    splits = _load(modality, called, path, config, column, streaming)
     train = _split(splits, "train_split", train_split, called)
     if validation_split is None and "validation" in splits and train_split != "validation":
         validation_split = "validation"
@@ -100,7 +110,7 @@ def load_examples(
 
 
 def _load(
-    modality: Modality, called: str, path: str, config: str | None, options: dict[str, Any]
+    modality: Modality, called: str, path: str, config: str | None, column: str, streaming: bool
 ) -> Any:
     from datasets import load_dataset
     from datasets.arrow_writer import SchemaInferenceError
@@ -108,7 +118,21 @@ def _load(
 
     where, files = _where(modality, called, path)
     try:
-        return load_dataset(where, config, **files, **options)
+        if isinstance(where, Path):
+            local = _local(modality, called, where, config)
+            if local is not None:
+                return load_files(
+                    local,
+                    modality.builders,
+                    column=column,
+                    column_argument=f"{modality.argument}_column",
+                    called=called,
+                    streaming=streaming,
+                )
+            files = _paragraphs(modality, where)
+        return load_dataset(str(where), config, **files, streaming=streaming)
+    except UsageError:
+        raise
     except (DatasetsError, OSError, RuntimeError, StopIteration, ValueError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, SchemaInferenceError | StopIteration):  # what an empty file raises
@@ -117,19 +141,66 @@ def _load(
         raise UsageError(f"{called} cannot be read: {reason}") from error
 
 
-def _where(modality: Modality, called: str, name: str) -> tuple[str, dict[str, str]]:
-    """Return what to give `load_dataset` for this name: a path, and the file if it is one."""
-    builders = modality.builders
+def _where(modality: Modality, called: str, name: str) -> tuple[Path | str, dict[str, str]]:
+    """Return where this name is: a path, or what to give `load_dataset`."""
     path = Path(name).expanduser().absolute()
-    if path.is_dir():
-        return str(path), {}
-    if path.is_file():
-        if path.suffix not in builders:
-            raise UsageError(f"{called} should end in one of {', '.join(builders)}")
-        return builders[path.suffix], {"data_files": str(path)}
-    if path.suffix in builders or name.startswith((".", "/", "~")):
+    if path.exists():
+        return path, {}
+    if format_of(path, modality.builders) or name.startswith((".", "/", "~")):
         raise UsageError(f"{called} does not exist")
     return name, {}
+
+
+def _local(
+    modality: Modality, called: str, path: Path, config: str | None
+) -> dict[str, list[Path]] | None:
+    """Return the files to read of each split; None if `datasets` knows better what they are."""
+    if path.is_file():
+        if format_of(path, modality.builders) is None:
+            raise UsageError(f"{called} should end in one of {', '.join(modality.builders)}")
+        splits = {"train": [path]}
+    else:
+        if config is not None or _describes_itself(path, modality):
+            return None
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _shown(file, path))
+        files = [file for file in found if format_of(file, modality.builders)]
+        if not files:
+            return None
+        left_out = [file for file in found if file not in set(files)]
+        if left_out:
+            rank_zero_info(
+                f"{called} has {len(left_out)} files that are not read, among them "
+                f"{left_out[0].relative_to(path)}"
+            )
+        splits = by_split(files, path, called)
+    filled = {
+        split: [file for file in files if file.stat().st_size] for split, files in splits.items()
+    }
+    if not any(filled.values()):
+        raise _nothing(modality, called)
+    return {split: files for split, files in filled.items() if files}
+
+
+def _describes_itself(folder: Path, modality: Modality) -> bool:
+    """Whether a folder says what its files are, as a copy of a data set of the hub may."""
+    card = folder / "README.md"
+    if card.is_file() and re.search(r"^configs:", card.read_text(errors="replace"), re.MULTILINE):
+        return True
+    names = [folder / "state.json", folder / ".huggingface.yaml"]
+    if "imagefolder" in modality.builders.values():
+        names += folder.rglob("metadata.*")
+    return any(name.exists() for name in names)
+
+
+def _paragraphs(modality: Modality, path: Path) -> dict[str, str]:
+    """Return the options of `load_dataset` for a folder that is left to it."""
+    formats = {format_of(file, modality.builders) for file in path.rglob("*")} - {None}
+    return {"sample_by": "paragraph"} if formats == {"text"} else {}
+
+
+def _shown(file: Path, folder: Path) -> bool:
+    place = file.relative_to(folder)
+    return place.name not in NO_DATA and not any(p.startswith((".", "__")) for p in place.parts)
 
 
 def _split(splits: Any, key: str, name: str, called: str) -> Any:

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = ["decode", "load_images"]
 
-IMAGES: Final = Modality(argument="images", examples="images", builders={".parquet": "parquet"})
+PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGES: Final = Modality(
+    argument="images",
+    examples="images",
+    builders={".parquet": "parquet", **dict.fromkeys(PICTURES, "imagefolder")},
+)
 
 
 def load_images(
@@ -60,7 +65,6 @@ def load_images(
         held_out=held_out_images,
         streaming=False,
         seed=seed,
-        options={},
     )
     for part in parts:
         if not isinstance(part.features[images_column], Image):

@@ -108,6 +108,8 @@ def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
     for number in itertools.count():
         try:
             batch = next(batches, None)
+        except UsageError:
+            raise
         except Exception as error:  # there is no end to what files and networks raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             place = number * DOCUMENTS_AT_ONCE

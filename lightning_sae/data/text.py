@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lightning_sae.checks import UsageError
@@ -36,7 +35,7 @@ def load_documents(
 
     Args:
         text: "quickstart", a file, a folder or a hub data set. In `.txt` files a document is a
-            paragraph: what stands between blank lines.
+            paragraph: what stands between blank lines. Files may be compressed.
         text_config: Configuration of the data set, where it has several.
         text_column: Column that holds the documents.
         train_split: Split to train on.
@@ -54,9 +53,6 @@ def load_documents(
     """
     if not text:  # else it is the folder we are in
         raise UsageError("text='' is no data set")
-    path = Path(QUICKSTART if text == "quickstart" else text).expanduser()
-    files = path.rglob("*") if path.is_dir() else [path]
-    only_txt = {file.suffix for file in files} & set(TEXT.builders) == {".txt"}
     return load_examples(
         TEXT,
         text,
@@ -68,5 +64,4 @@ def load_documents(
         held_out=held_out_documents,
         streaming=streaming,
         seed=seed,
-        options={"sample_by": "paragraph"} if only_txt else {},
     )

@@ -38,8 +38,8 @@ class ActivationDataModule(FrozenModelDataModule):
         layer: Block whose output is read, from 0.
         model_revision: Branch, tag or commit of the model on the hub.
         text: Text to read it on: a Hugging Face hub data set, a .txt, .json, .jsonl or .parquet
-            file, a folder of such, or "quickstart", the sample in this package. In .txt files,
-            blank lines separate documents.
+            file, compressed or not, a folder of such, or "quickstart", the sample in this package.
+            In .txt files, blank lines separate documents.
         text_config: Configuration of the data set, where it has several.
         text_column: Column that holds the documents.
         train_split: Split to train on.

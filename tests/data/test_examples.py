@@ -19,7 +19,6 @@ DEFAULTS = {
     "held_out": 5,
     "streaming": False,
     "seed": 0,
-    "options": {},
 }
 TUNES = documents(30)
 

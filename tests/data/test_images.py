@@ -1,9 +1,7 @@
 import re
 
 import datasets
-import numpy as np
 import pytest
-from PIL import Image
 
 from lightning_sae.data.images import decode, load_images
 from tests.data.tiny import pictures, save_images
@@ -107,9 +105,18 @@ def test_wrong_choices(tmp_path, changed, message):
 def test_images_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"^images='./no' does not exist$"):
         load("./no")
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"^images='.*a.png' should end in one of .parquet$"):
-        load(tmp_path / "a.png")
+    (tmp_path / "a.pdf").write_text("%PDF")
+    with pytest.raises(ValueError, match=r"^images='.*a.pdf' should end in one of .parquet, .jpg"):
+        load(tmp_path / "a.pdf")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^images='.*empty' cannot be read: .* any data files$"):
         load(tmp_path / "empty")
+
+
+def test_a_name_with_the_word_of_a_split_leaves_no_image_out(tmp_path):
+    for name in ("a.png", "b/train station.png", "b/test.flight.jpg"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        pictures(1)[0].save(file)
+    train, held_out = load(tmp_path, held_out_images=1)
+    assert len(train) + len(held_out) == 3
