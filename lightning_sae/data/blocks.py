@@ -53,7 +53,7 @@ def endless_blocks(
 
     Block b is the inputs [b * size, (b + 1) * size) of the sequence of all epochs. Inputs that have
     a length come each epoch in an order drawn from (seed, epoch). Others come in their own, and to
-    skip blocks is to read all that is in them.
+    skip blocks is to read all that is in them. Passes are told: 1, 2, 4, 8 ...
 
     Args:
         inputs: Those of one epoch.
@@ -77,10 +77,19 @@ def endless_blocks(
                 f"{source} gives only {total} {noun} to train on; one batch needs {minimum}"
             )
 
+    def begin_again(passes: int, total: int) -> None:
+        check_enough(total)
+        if passes & (passes - 1) == 0:  # few lines, however short the data are: 1, 2, 4, 8, ...
+            times = "once" if passes == 1 else f"{passes} times"
+            rank_zero_info(
+                f"{source}: all {total} {noun} to train on were read {times}; they are read again"
+            )
+
     if hasattr(inputs, "__len__"):
-        blocks = _shuffled(cast(NumberedInputs, inputs), first, size, seed, check_enough)
+        check_enough(len(cast(NumberedInputs, inputs)))
+        blocks = _shuffled(cast(NumberedInputs, inputs), first, size, seed, begin_again)
     else:
-        blocks = _in_order(inputs, first, size, check_enough)
+        blocks = _in_order(inputs, first, size, begin_again)
     return (stacked(block, source, noun) for block in blocks)
 
 
@@ -156,10 +165,13 @@ def _first(inputs: Inputs, count: int) -> list[Tensor]:
 
 
 def _shuffled(
-    inputs: NumberedInputs, first: int, size: int, seed: int, check_enough: Callable[[int], None]
+    inputs: NumberedInputs,
+    first: int,
+    size: int,
+    seed: int,
+    begin_again: Callable[[int, int], None],
 ) -> Iterator[Sequence[Tensor]]:
     total = len(inputs)
-    check_enough(total)
     several = getattr(inputs, "__getitems__", None)
 
     @functools.lru_cache(maxsize=2)  # a block may straddle two epochs
@@ -168,21 +180,24 @@ def _shuffled(
 
     for block in itertools.count(first):
         epochs, places = np.divmod(np.arange(block * size, (block + 1) * size), total)
+        for epoch in np.unique(epochs[places == 0]).tolist():
+            if epoch > 0:
+                begin_again(epoch, total)
         rows = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
         numbers = np.concatenate(rows).tolist()
         yield several(numbers) if several else [inputs[number] for number in numbers]
 
 
 def _in_order(
-    inputs: Iterable[Tensor], first: int, size: int, check_enough: Callable[[int], None]
+    inputs: Iterable[Tensor], first: int, size: int, begin_again: Callable[[int, int], None]
 ) -> Iterator[Sequence[Tensor]]:
     def endless() -> Iterator[Tensor]:
-        while True:
+        for passes in itertools.count(1):
             total = 0
             for each in inputs:
                 total += 1
                 yield each
-            check_enough(total)
+            begin_again(passes, total)
 
     rest = itertools.islice(endless(), first * size, None)
     while True:

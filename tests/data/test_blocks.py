@@ -96,6 +96,21 @@ def test_what_has_no_length_repeats_in_its_order():
 
 
 @pytest.mark.parametrize("of", [numbered, OnceAPass])
+@pytest.mark.parametrize("size", [3, 4, 25])
+def test_what_is_read_again_is_told_ever_more_rarely(of, size, caplog):
+    def told(first, count):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            blocks(of(5), size, first, count)
+        return [record.getMessage() for record in caplog.records]
+
+    line = "text='a.txt': all 5 contexts to train on were read {}; they are read again"
+    times = ["once", "2 times", "4 times", "8 times"]
+    assert told(0, 5 // size) == []
+    assert told(0, 51 // size + 1) == [line.format(each) for each in times]
+
+
+@pytest.mark.parametrize("of", [numbered, OnceAPass])
 @pytest.mark.parametrize("total", [0, 3])
 def test_too_few_inputs(of, total):
     message = rf"^text='a.txt' gives only {total} contexts to train on; one batch needs 4$"
