@@ -131,6 +131,8 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
                 in inspect.getsource(ModelCheckpoint._should_skip_saving_checkpoint)
             ),
             True,
+        ),
+    ],
     "_logger_connector": [
         # Gives loggers the values of a step.
         (

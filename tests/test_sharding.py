@@ -189,9 +189,7 @@ def fit(
         3,
         mutual_choice_tokens=5 * TOKENS,
         dead_after_tokens=2 * TOKENS,
-        optimizer=ChunkedAdam
-        if chunked
-        else partial(torch.optim.Adam, weight_decay=0.0, fused=True),
+        optimizer=ChunkedAdam if chunked else adam,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
     ).double()
     with pytest.MonkeyPatch.context() as patch:
