@@ -12,10 +12,12 @@ class UsageError(ValueError):
 
 
 def require_at_least(least: int, **values: int) -> None:
-    """Raise UsageError unless no value is smaller than `least`."""
+    """Raise UsageError unless no value is smaller than `least`, or more than 64 bits hold."""
     for name, value in values.items():
         if value < least:
             raise UsageError(f"{name}={value} must be at least {least}")
+        if value >= 2**63:
+            raise UsageError(f"{name}={value} must be less than 2**63")
 
 
 def require_positive(**values: int) -> None:

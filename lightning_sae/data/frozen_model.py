@@ -48,7 +48,7 @@ class FrozenModel(ABC):
         require_at_least(0, layer=layer)
         if dtype not in get_args(Dtype):
             raise UsageError(f"model_dtype={dtype!r} must be one of {', '.join(get_args(Dtype))}")
-        self.name = name
+        self.name = name = str(name)  # a `Path` will do
         self.layer = layer
         self.dtype = dtype
         # Not `str(Path(name))`, which would make a hub id of "./name".

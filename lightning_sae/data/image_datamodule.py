@@ -101,8 +101,8 @@ class ImageActivationDataModule(FrozenModelDataModule):
             seed=seed,
         )
         self.save_hyperparameters()
-        self.source = f"images={images!r}"
-        self.images = images
+        self.images = str(images)  # a `Path` will do
+        self.source = f"images={self.images!r}"
         self.images_config = images_config
         self.images_column = images_column
         self.train_split = train_split

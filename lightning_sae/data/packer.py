@@ -40,7 +40,7 @@ class Packer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
         self.tokenizer = tokenizer
-        self.context_length = context_length
+        self.context_length = int(context_length)  # which becomes part of a file's description
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.start = [token for token in (bos, eos) if token is not None][:1]
         self.separator = [token for token in (eos, bos) if token is not None][:1]

@@ -113,8 +113,8 @@ class ActivationDataModule(FrozenModelDataModule):
             seed=seed,
         )
         self.save_hyperparameters()
-        self.source = f"text={text!r}"
-        self.text = text
+        self.text = str(text)  # a `Path` will do
+        self.source = f"text={self.text!r}"
         self.text_config = text_config
         self.text_column = text_column
         self.train_split = train_split

@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.tuner import Tuner
 
-from lightning_sae.data import LanguageModel
+from lightning_sae.data import ActivationDataModule, LanguageModel
 from tests.data.own_source import TokenListDataModule
 from tests.data.tiny import LENGTH, Recorder, same, trainer
 
@@ -130,3 +132,31 @@ def test_no_model_of_an_earlier_fit_stays_in_memory(make, tmp_path):
     trainer(tmp_path).test(Recorder(), data, verbose=False)
     gc.collect()
     assert earlier() is None
+
+
+def test_numbers_of_numpy_and_paths_are_plain_in_a_checkpoint(model_folder, text_file, tmp_path):
+    numbers = {
+        "layer": 1,
+        "batch_size": 64,
+        "batches_per_block": 4,
+        "seed": 3,
+        "context_length": 16,
+    }
+    numbers |= {"held_out_documents": 20, "validation_tokens": 64, "test_tokens": 64}
+    of_numpy = {name: np.int64(number) for name, number in numbers.items()}
+    paths = {"model_name": Path(model_folder), "text": Path(text_file), "cache_dir": tmp_path / "c"}
+    texts = {name: str(path) for name, path in paths.items()}
+    first, fitted = fit(tmp_path, ActivationDataModule(**of_numpy, **paths), steps=2)
+    fitted.save_checkpoint(tmp_path / "2.ckpt")
+    saved = torch.load(tmp_path / "2.ckpt", weights_only=True)
+    plain = ActivationDataModule(**numbers, **texts)
+    assert saved["datamodule_hyper_parameters"].items() >= (numbers | texts).items()
+    assert saved["ActivationDataModule"]["place"] == plain.state_dict()["place"]
+    resumed, _ = fit(tmp_path, plain, steps=4, checkpoint=tmp_path / "2.ckpt")
+    assert same([*first, *resumed], fit(tmp_path, plain, steps=4)[0])
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seed", "validation_tokens", "held_out_documents"])
+def test_numbers_beyond_64_bits(make, name):
+    with pytest.raises(ValueError, match=rf"^{name}=\d+ must be less than 2\*\*63$"):
+        make(**{name: 2**63})
