@@ -40,7 +40,7 @@ class ActivationCache:
         """Return the activations of these inputs, (inputs, length, d_model).
 
         Raises:
-            UsageError: If their file is damaged, or cannot be made.
+            UsageError: If their file is damaged, or cannot be written.
         """
         key = inputs.cpu().contiguous()
         digest = hashlib.sha256(repr(tuple(key.shape)).encode() + key.numpy().tobytes())
@@ -63,6 +63,7 @@ class ActivationCache:
             ) from error
 
     def _save(self, activations: Tensor, file: Path) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         try:
@@ -73,6 +74,8 @@ class ActivationCache:
         try:
             save_file({"activations": activations.cpu().contiguous()}, temporary)
             temporary.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"cache_dir: cannot write '{file}': {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

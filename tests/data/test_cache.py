@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lightning_sae.data.cache import ActivationCache, model_fingerprint
@@ -71,13 +72,16 @@ def test_damaged_files(tmp_path, damage):
     assert torch.equal(cache(ids), whole)
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch, error):
     def full(_tensors, file):
         file.write_bytes(b"the first part")
-        raise OSError("No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        ValueError, match=r"^cache_dir: cannot write '.*': No space left on device$"
+    ):
         ActivationCache(Reader(), tmp_path, CPU)(torch.zeros(1, 2).long())
     assert not list(tmp_path.iterdir())
 
