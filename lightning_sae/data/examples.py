@@ -125,7 +125,7 @@ def _load(
                     local,
                     modality.builders,
                     column=column,
-                    column_argument=f"{modality.argument}_column",
+                    column_argument="_".join([modality.argument, "column"]),
                     called=called,
                     streaming=streaming,
                 )
