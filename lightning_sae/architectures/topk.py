@@ -16,7 +16,8 @@ class TopKSAE(SparseAutoencoder):
     """Token choice: every token has the same budget of k matches.
 
     Defaults are the source's. Where it takes the geometric median of 32,768 tokens for `b_dec`, the
-    mean of the first batch is taken here; its moving average of weights is left out.
+    mean of the first batch without massive tokens is taken here; its moving average of weights is
+    Lightning's `EMAWeightAveraging`, if it is wanted.
 
     An SAE trained with one k reconstructs worse with more matches than k. With a
     `multi_k_coefficient`, for which the source has 1/8, it is trained to reconstruct with `multi_k`

@@ -13,6 +13,7 @@ from torch.nn import functional
 from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.core.decoder import Decoder
 from lightning_sae.core.loading import refuse_before_loading, require_finite, told_in_one_line
+from lightning_sae.core.ordinary_tokens import mean_and_variance
 from lightning_sae.core.state_format import FORMAT, upgrade_before_loading
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import widest_float
@@ -46,7 +47,8 @@ class Dictionary(nn.Module):
     Attributes:
         decoder: Directions and origin: `weight` (n_features, d_model), `bias` (d_model,).
         encoder: Linear map from activations to affinities, weight of shape (n_features, d_model).
-        input_mean: Mean of the first training batch, in the units of the activations, (d_model,).
+        input_mean: Mean of the first training batch, less its massive tokens, in the units of the
+            activations, (d_model,).
         input_scale: Factor s applied to activations before they are encoded, 0-d.
         initialized: Whether mean, scale and origin have been set, bool, 0-d.
         layout: Which processes have other tokens, and which features have their rows here.
@@ -117,11 +119,8 @@ class Dictionary(nn.Module):
             ValueError: If all activations are equal, not finite, or not d_model wide.
         """
         self._check_width(x)
-        ranks = self.layout.ranks
         x = x.detach().to(widest_float(x.device))
-        count = ranks.all_reduce(x.new_tensor(x.shape[0]))
-        mean = ranks.all_reduce(x.sum(0)) / count
-        variance = ranks.all_reduce((x - mean).square().sum()) / count  # squared length of a token
+        mean, variance = mean_and_variance(x, self.layout.ranks)
         if not bool(variance.isfinite()) or not bool(variance > 0):
             raise UsageError(
                 f"activations with variance {variance.item()} cannot be scaled: "
