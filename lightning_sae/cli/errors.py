@@ -33,6 +33,8 @@ UNTOLD: Final = (
 """How lines of jsonargparse's messages begin that tell about its own workings."""
 GLOO: Final = ("/gloo/", "caused pair closure")
 """What its errors contain, which have no class of their own."""
+NO_METRIC: Final = "Early stopping conditioned on metric"
+"""How the RuntimeError begins that EarlyStopping raises for a name that nothing is logged by."""
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What a disk answers to a write, when no one knows the name of the file any more."""
 
@@ -78,6 +80,8 @@ def _told(error: Exception) -> str | None:
     """Return what to say of an error that is no bug."""
     if isinstance(error, dist.DistError) or any(words in str(error) for words in GLOO):
         return f"another process of the run has ended, or hangs: {error}".splitlines()[0]
+    if isinstance(error, RuntimeError) and str(error).startswith(NO_METRIC):
+        return str(error)
     if isinstance(error, UsageError | MisconfigurationException):
         return str(error)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):

@@ -6,9 +6,11 @@ import os
 import pytest
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, one_line_errors, refusals
+from tests.callbacks.fakes import FakeSAE, tensors, trainer
 
 
 class OurError(UsageError):
@@ -37,6 +39,20 @@ def test_what_is_told(error: Exception, expected: str):
         raise error
     assert exit_.value.code.startswith(f"lightning_sae: error: {expected}")
     assert "\n" not in exit_.value.code
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_metric_that_nobody_logs(tmp_path):
+    class Logs(FakeSAE):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            self.log("train/loss", loss)
+            return loss
+
+    stop = EarlyStopping("train/los", check_on_train_epoch_end=True)
+    told = r"metric `train/los` which is not available.* `train/loss`$"
+    with pytest.raises(SystemExit, match=told), one_line_errors():
+        trainer(tmp_path, stop).fit(Logs(), tensors(2))
 
 
 @pytest.mark.parametrize("error", BUGS, ids=repr)
