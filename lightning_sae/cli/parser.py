@@ -1,5 +1,7 @@
 """The parser of the command line: configurations by name, and mistakes in one line."""
 
+import difflib
+import re
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, cast
 
@@ -25,6 +27,19 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what of the message is about the user's input, and exit with 2."""
         self.exit(2, f"{one_line(self.reading + message)}\n")
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what does not fit, and say which key a wrong one may be meant for.
+
+        Raises:
+            KeyError: If there is no such key.
+            TypeError: If a value is not valid.
+        """
+        try:
+            super().validate(*args, **kwargs)
+        except KeyError as error:
+            error.args = (_with_nearest(str(error), getattr(error, "subcommand_parser", self)),)
+            raise
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Namespace:
         """Return the configuration with an object in place of each class that it names.
@@ -66,6 +81,16 @@ class ConfigFile(ActionConfigFile):
         except UnicodeDecodeError as error:
             parser.error(str(error), error)
         parser.reading = ""
+
+
+def _with_nearest(message: str, parser: LightningArgumentParser) -> str:
+    """Return a message about a key that a parser has not, with the nearest one that it has."""
+    key = re.search(r"option '(.+)'", message, re.IGNORECASE)
+    if key is None or "did you mean" in message:
+        return message
+    known = parser.get_defaults(skip_validation=True).keys()
+    nearest = difflib.get_close_matches(key[1], known, n=1)
+    return f"{message}, did you mean '{nearest[0]}'?" if nearest else message
 
 
 def find_config(name: str) -> str:

@@ -1,10 +1,12 @@
 """Configurations by name, and what constructors raise."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_sae.checks import UsageError
+from lightning_sae.cli import main
 from lightning_sae.cli.parser import Parser, find_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,3 +52,26 @@ def test_anything_else_is_a_bug_and_comes_without_wrappings(type_):
     with pytest.raises(TypeError, match=r"^kind=type$") as error:
         instantiate("type", type_)
     assert isinstance(error.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("trainer: {max_step: 3}", "option 'trainer.max_step', did you mean 'trainer.max_steps'?"),
+        ("data: {init_args: {contxt_length: 3}}", "'contxt_length' is not accepted, did you mean"),
+        (
+            "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {monitr: x}}]}",
+            "'monitr' is not accepted, did you mean 'monitor'?",
+        ),
+        ("model: {init_args: {optimizer: {init_args: {lrr: 1}}}}", "did you mean 'lr'?"),
+        ("model: {init_args: {nonsense: 1}}", "Option 'nonsense' is not accepted\n"),
+    ],
+)
+def test_a_wrong_key_is_told_with_the_nearest_right_one(
+    written, told, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["lightning_sae"])
+    (tmp_path / "mine.yaml").write_text(written)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "topk.yaml", "--config", str(tmp_path / "mine.yaml")])
+    assert told in capsys.readouterr().err

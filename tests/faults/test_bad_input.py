@@ -41,7 +41,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("model.k", "many", "\"k\": Expected a <class 'int'>. Got value: many"),
     ("model.k", 1.5, "\"k\": Expected a <class 'int'>. Got value: 1.5"),
     ("model.k", "null", "required: k"),
-    ("model.kk", 3, "'kk' is not accepted"),
+    ("model.kk", 3, "'kk' is not accepted, did you mean 'k'?"),
     ("model.n_features", 0, "n_features=0"),
     ("model.n_features", "inf", "\"n_features\": Expected a <class 'int'>. Got value: inf"),
     ("model.d_model", 99, "model.d_model=99: leave it out"),
