@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -42,6 +43,8 @@ FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Exit with one line if the error is no bug, else let it pass."""
+    in_threads = threading.excepthook
+    threading.excepthook = lambda args: None if _is_full(args.exc_value) else in_threads(args)
     try:
         yield
     except Exception as error:
@@ -49,6 +52,8 @@ def one_line_errors() -> Iterator[None]:
         if told is None:
             raise
         sys.exit(one_line(told))
+    finally:
+        threading.excepthook = in_threads
 
 
 @contextmanager
@@ -84,6 +89,13 @@ def _told(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, UsageError | MisconfigurationException):
         return str(error)
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+    if isinstance(error, OSError) and (error.filename is not None or _is_full(error)):
         return str(error)
+    if _is_full(error.__cause__):  # of a logger, to which Lightning says that the value is wrong
+        return str(error.__cause__)
     return None
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Return whether a disk takes no more: TensorBoard's thread finds out, and the run is told."""
+    return isinstance(error, OSError) and error.errno in FULL

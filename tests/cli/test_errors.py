@@ -2,11 +2,14 @@
 
 import errno
 import os
+import threading
+import time
 
 import pytest
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, one_line_errors, refusals
@@ -39,6 +42,30 @@ def test_what_is_told(error: Exception, expected: str):
         raise error
     assert exit_.value.code.startswith(f"lightning_sae: error: {expected}")
     assert "\n" not in exit_.value.code
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_told_once(tmp_path, monkeypatch, capfd):
+    """TensorBoard writes in a thread, whose traceback would stand beside the line."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("threading.excepthook", threading.__excepthook__)
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(
+        type(logger.experiment.file_writer.event_writer._async_writer._writer), "write", full
+    )
+
+    def log() -> None:
+        for step in range(1000):
+            logger.log_metrics({"a": 1.0}, step)
+            time.sleep(0.01)
+
+    told = r"error: \[Errno 28\] No space left on device$"
+    with pytest.raises(SystemExit, match=told), one_line_errors():
+        log()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
