@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from copy import copy
+from functools import cached_property
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,33 +24,61 @@ class _LayerReached(Exception):  # noqa: N818  (a signal that ends a forward pas
 
 
 class ResidualStream:
-    """The residual stream after one block of a causal language model or a vision transformer.
+    """The residual stream after one block of a language model or a vision transformer.
 
     The stream is read where it leaves the block, after the block's attention and MLP were added
     and, for the last block too, before the model's final norm. The blocks are found as the only
-    outermost `nn.ModuleList` of `num_hidden_layers` modules.
+    outermost `nn.ModuleList` of `num_hidden_layers` modules in what the model calls its decoder: of
+    a model that sees images too, the part that reads text.
 
     Args:
-        model: Any Hugging Face causal language model, or a vision transformer. Its weights, dtype
-            and device stay as they are.
-        layer: Index of the block, from 0.
+        model: Any Hugging Face language model, or a vision transformer. Its weights, dtype and
+            device stay as they are.
+        layer: Index of the block, from 0, or the path of a module that puts out a stream of the
+            same width, as in `model.named_modules()`.
 
     Raises:
-        UsageError: If `layer` is out of range, or the model's blocks cannot be told.
+        UsageError: If there is no such layer, or the model's blocks cannot be told.
     """
 
-    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+    def __init__(self, model: PreTrainedModel, layer: int | str) -> None:
         check_layer(model.config, layer)
         self.model = model
         self.layer = layer
-        self._path, blocks = _blocks(model)
-        self._block = blocks[layer]
+        self._path = layer if isinstance(layer, str) else f"{_blocks(model)}.{layer}"
+        try:
+            self._block = model.get_submodule(self._path)
+        except AttributeError as error:
+            raise UsageError(
+                f"layer={layer!r}: {type(model).__name__} has no such module"
+            ) from error
         self._skips: bool | None = None  # whether blocks may be left out; None: not known yet
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @cached_property
+    def is_causal_language_model(self) -> bool:
+        """Whether the model predicts each token from those before it alone, as its loss needs.
+
+        Found out on eight tokens. It is not one if it gives no logits, or if the last token has a
+        say in the logits of those before, as in an encoder such as BERT.
+        """
+        if not self._reads_text:
+            return False
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = (torch.arange(16, device=self.device) % vocabulary)[None, -8:]
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+        with torch.no_grad():
+            outputs = [self._forward(None, each, None) for each in (ids, other)]
+        if any(getattr(output, "logits", None) is None for output in outputs):
+            return False
+        one, two = (output.logits[:, :-1] for output in outputs)
+        # But for rounding: a token may come to another place in a matrix product of experts.
+        rounding = 8 * torch.finfo(one.dtype).eps * one.abs().max()
+        return bool((one - two).abs().max() <= rounding)
 
     @property
     def device(self) -> torch.device:
@@ -68,17 +96,20 @@ class ResidualStream:
 
         Returns:
             The residual stream in the model's dtype, (contexts or images, length, d_model).
+
+        Raises:
+            UsageError: If the layer puts out anything else for token ids.
         """
 
         def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            raise _LayerReached(_hidden_states(output))
+            raise _LayerReached(self._states_in(output, input_ids))
 
         try:
             self._forward(stop, input_ids, attention_mask)
         except _LayerReached as reached:
             states: Tensor = reached.args[0]
             return states
-        raise RuntimeError(f"the model's forward pass never ran its block {self.layer}")
+        raise UsageError(f"layer={self.layer!r}: {type(self.model).__name__} does not run it")
 
     def replace(
         self,
@@ -108,13 +139,15 @@ class ResidualStream:
             Logits, (contexts, length, vocabulary), or (images, classes) of a model that classifies.
 
         Raises:
-            UsageError: If the model gives no logits.
+            UsageError: If the model gives no logits, or the layer puts out anything but x.
         """
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            x = _hidden_states(output)
+            x = self._states_in(output, input_ids)
             edited = edit(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+            if isinstance(output, tuple | list):
+                return type(output)([edited, *output[1:]])
+            return edited
 
         model = self.model
         if states is not None and self._may_skip(input_ids, attention_mask):
@@ -125,11 +158,30 @@ class ResidualStream:
         logits: Tensor = output.logits
         return logits
 
+    @property
+    def _reads_text(self) -> bool:
+        return bool(self.model.main_input_name == "input_ids")
+
+    def _states_in(self, output: Any, input_ids: Tensor) -> Tensor:
+        """Return the stream in what the layer puts out, alone or before other things."""
+        states = output[0] if isinstance(output, tuple | list) else output
+        expected = (*input_ids.shape, self.d_model)
+        if not isinstance(states, Tensor) or (self._reads_text and states.shape != expected):
+            found = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise UsageError(
+                f"layer={self.layer!r} of {type(self.model).__name__} puts out {found} and not "
+                f"(contexts, length, d_model), here {expected}"
+            )
+        return states
+
     def _may_skip(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
         """Return whether the model's logits follow from what the layer puts out.
 
         They do not where later blocks read what earlier ones left elsewhere: keys and values, say.
         """
+        siblings = self.model.get_submodule(self._path.rpartition(".")[0])
+        if not isinstance(siblings, nn.ModuleList):
+            return False
         if self._skips is None:
             ids, mask = input_ids[:2], None if attention_mask is None else attention_mask[:2]
             with torch.no_grad():
@@ -156,9 +208,10 @@ class ResidualStream:
             idle.forward = lambda *_inputs, **_options: states.clone()
             return idle
 
-        blocks = self.model.get_submodule(self._path).named_children()
-        others = {name: putting_out(b) for name, b in itertools.islice(blocks, self.layer + 1)}
-        path = self._path
+        path, _, last = self._path.rpartition(".")
+        blocks = dict(self.model.get_submodule(path).named_children())
+        before = list(blocks)[: list(blocks).index(last) + 1]
+        others = {name: putting_out(blocks[name]) for name in before}
         while True:
             twin = copy(self.model.get_submodule(path))
             # Private to torch, where setting a child would set it in the model's own module too.
@@ -175,8 +228,8 @@ class ResidualStream:
         attention_mask: Tensor | None,
         model: PreTrainedModel | None = None,
     ) -> Any:
-        reads_text = self.model.main_input_name == "input_ids"
-        options = {"attention_mask": attention_mask, "use_cache": False} if reads_text else {}
+        options = {"attention_mask": attention_mask, "use_cache": False}
+        options = options if self._reads_text else {}
         thread = get_ident()
 
         def in_this_thread(*seen: Any) -> Any:
@@ -192,31 +245,34 @@ class ResidualStream:
             handle.remove()
 
 
-def check_layer(config: PretrainedConfig, layer: int) -> None:
-    """Raise UsageError unless a model of this configuration has a block of index `layer`."""
+def check_layer(config: PretrainedConfig, layer: int | str) -> None:
+    """Raise UsageError if a model of this configuration has no block of index `layer`."""
+    if isinstance(layer, str):  # only the model knows its modules
+        return
     layers = config.get_text_config().num_hidden_layers
     if not 0 <= layer < layers:
         name = config.name_or_path or config.model_type
         raise UsageError(f"layer={layer} is out of range: {name} has layers 0 to {layers - 1}")
 
 
-def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def _blocks(model: PreTrainedModel) -> str:
+    """Return the path of the list of blocks."""
     layers = model.config.get_text_config().num_hidden_layers
-    found = {
+    whole: Any = model  # whose `get_decoder` has no types
+    both = getattr(model.config, "is_encoder_decoder", False)
+    inside = {id(module) for module in (whole if both else whole.get_decoder()).modules()}
+    lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == layers
     }
+    found = [name for name, module in lists.items() if id(module) in inside] or list(lists)
     # A list inside another belongs to a block (its experts, say).
     outermost = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
     if len(outermost) != 1:
         raise UsageError(
-            f"{type(model).__name__} should have one ModuleList of {layers} blocks, "
-            f"found {outermost or 'none'}"
+            f"{type(model).__name__} should have one ModuleList of {layers} blocks, found "
+            f"{outermost or 'none'}; layer may be the path of a block"
         )
-    return outermost[0], found[outermost[0]]
-
-
-def _hidden_states(output: Any) -> Tensor:
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+    (path,) = outermost
+    return str(path)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sae.checks import require_positive
@@ -137,6 +138,12 @@ class HeldOutCallback(Callback, ABC):
             return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
         if residual_stream is None:
+            return
+        if not getattr(residual_stream, "is_causal_language_model", True):
+            rank_zero_warn(
+                f"{type(self).__name__} measures nothing: {type(residual_stream.model).__name__} "
+                "does not predict tokens from those before them alone, so it has no loss to measure"
+            )
             return
         contexts, length = batch["input_ids"].shape
         first = batch.get("first", self._seen * ranks_of(trainer).size)

@@ -34,7 +34,7 @@ class FrozenModel(ABC):
 
     Args:
         name: A folder or a hub id; "quickstart" is the language model that ships with the package.
-        layer: Block whose output is read, from 0.
+        layer: Block whose output is read, from 0, or the path of a module, "model.layers.3" say.
         revision: Branch, tag or commit on the hub. None: the main branch.
         dtype: What the model computes in: "float32", "bfloat16" or "float16".
 
@@ -43,9 +43,10 @@ class FrozenModel(ABC):
     """
 
     def __init__(
-        self, name: str, layer: int, *, revision: str | None = None, dtype: Dtype = "float32"
+        self, name: str, layer: int | str, *, revision: str | None = None, dtype: Dtype = "float32"
     ) -> None:
-        require_at_least(0, layer=layer)
+        if not isinstance(layer, str):
+            require_at_least(0, layer=layer)
         if dtype not in get_args(Dtype):
             raise UsageError(f"model_dtype={dtype!r} must be one of {', '.join(get_args(Dtype))}")
         self.name = name = str(name)  # a `Path` will do
@@ -140,12 +141,14 @@ class FrozenModel(ABC):
 
     @contextmanager
     def _one_line_errors(self) -> Iterator[None]:
-        from safetensors import SafetensorError
-
         try:
             yield
-        except (ImportError, OSError, SafetensorError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # there is no end to what a configuration may make them raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if self._path.startswith((".", "/")) and not Path(self._path).is_dir():
                 reason = "there is no such folder"
+            elif "ignore_mismatched_sizes" in reason:  # which transformers advises to set
+                reason = "its weights have other shapes than its config.json says"
+            elif not isinstance(error, ImportError | OSError | ValueError):
+                reason = f"{type(error).__name__}: {reason}"
             raise UsageError(f"model_name={self.name!r}: {reason}") from error

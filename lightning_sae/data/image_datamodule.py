@@ -32,7 +32,8 @@ class ImageActivationDataModule(FrozenModelDataModule):
     Args:
         model_name: Vision transformer to read: a Hugging Face hub id or a folder. Its own image
             processor resizes and normalizes the images.
-        layer: Block whose output is read, from 0.
+        layer: Block whose output is read, from 0, or the path of a module, as in
+            `model.named_modules()`.
         images: Images to read it on: a Hugging Face hub data set, a folder of image files, or
             parquet files with a column of images.
         model_revision: Branch, tag or commit of the model on the hub.
@@ -71,7 +72,7 @@ class ImageActivationDataModule(FrozenModelDataModule):
     def __init__(
         self,
         model_name: str,
-        layer: int,
+        layer: int | str,
         images: str,
         *,
         model_revision: str | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError
 from lightning_sae.data.frozen_model import FrozenModel
@@ -17,9 +17,11 @@ __all__ = ["LanguageModel"]
 
 
 class LanguageModel(FrozenModel):
-    """A frozen causal language model, read at one layer; arguments are those of `FrozenModel`.
+    """A frozen language model, read at one layer; arguments are those of `FrozenModel`.
 
-    Its inputs are token ids, (contexts, length).
+    Any causal one, alone or in a model that sees images too, and encoders such as BERT: these have
+    no loss of the next token, so what concerns it is not measured. Its inputs are token ids,
+    (contexts, length).
     """
 
     def tokenizer(self, context_length: int) -> PreTrainedTokenizerBase:
@@ -55,20 +57,40 @@ class LanguageModel(FrozenModel):
         return self.residual_stream(device).read(inputs.to(device))
 
     def load(self) -> Any:
-        """Return the model with its weights.
+        """Return the model with its weights: one that predicts tokens, or else what there is.
 
         Raises:
             UsageError: If there are none in safetensors files, or not all.
         """
-        from transformers import AutoModelForCausalLM
+        import transformers
 
+        causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
+        named = (self.config.architectures or [""])[0]
+        own = getattr(transformers, named, transformers.AutoModel)
+        model, missing = self._with_weights(causal or own)
+        if missing and causal is not None and named != causal.__name__:  # the file has no such head
+            model, missing = self._with_weights(transformers.AutoModel)
+        if missing:  # which transformers would make up
+            raise UsageError(f"model_name={self.name!r}: its files lack the weights {missing[0]}")
+        return model
+
+    def _with_weights(self, model_class: Any) -> tuple[Any, list[str]]:
+        """Return the model, and what its files lack."""
         model, found = self._from_pretrained(
-            AutoModelForCausalLM,
+            model_class,
             dtype=getattr(torch, self.dtype),
             use_safetensors=True,
             output_loading_info=True,
         )
-        if found["missing_keys"]:  # which transformers would make up
-            missing = min(found["missing_keys"])
-            raise UsageError(f"model_name={self.name!r}: its files lack the weights {missing}")
-        return model
+        lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+        for name in sorted(found["unexpected_keys"]):
+            parts = name.split(".")
+            for place, part in enumerate(parts):
+                blocks = lists.get(".".join(parts[:place]))
+                if blocks is not None and part.isdecimal() and int(part) >= blocks:
+                    raise UsageError(
+                        f"model_name={self.name!r}: its files have the weights {name}, but its "
+                        f"config.json says that there are {blocks} of these blocks"
+                    )
+        # A pooler comes after the blocks, and is not read.
+        return model, sorted(name for name in found["missing_keys"] if "pooler" not in name)

@@ -35,7 +35,8 @@ class ActivationDataModule(FrozenModelDataModule):
     Args:
         model_name: Language model to read: a Hugging Face hub id, a folder, or "quickstart", the
             small one in this package.
-        layer: Block whose output is read, from 0.
+        layer: Block whose output is read, from 0, or the path of a module, as in
+            `model.named_modules()`.
         model_revision: Branch, tag or commit of the model on the hub.
         text: Text to read it on: a Hugging Face hub data set, a .txt, .json, .jsonl or .parquet
             file, compressed or not, a folder of such, or "quickstart", the sample in this package.
@@ -77,7 +78,7 @@ class ActivationDataModule(FrozenModelDataModule):
     def __init__(
         self,
         model_name: str = "quickstart",
-        layer: int = 2,
+        layer: int | str = 2,
         *,
         model_revision: str | None = None,
         text: str = "quickstart",

@@ -104,11 +104,15 @@ class LossRecovered(TotalsMetric):
             ablated: What `ablated_losses` returned for the same arguments. None: not known.
 
         Raises:
-            ValueError: If a shape is not as above, or kept is not boolean.
+            ValueError: If a shape is not as above, kept is not boolean, or the model does not
+                predict tokens from those before them alone.
         """
         scored = _scored_positions(input_ids, kept)
         if not scored.any():
             return
+        if not getattr(residual_stream, "is_causal_language_model", True):
+            name = type(residual_stream.model).__name__
+            raise UsageError(f"{name} does not predict tokens from those before them alone")
         run = _Runs(residual_stream, input_ids, kept, states)
         clean = run(lambda x: x)
         spliced = run(reconstruct)

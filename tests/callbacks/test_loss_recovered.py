@@ -131,6 +131,21 @@ def test_other_data_is_left_alone(tmp_path, data):
     assert logged == [{}]
 
 
+def test_a_model_that_sees_later_tokens_has_no_loss(tmp_path):
+    data = FakeData()
+    data.residual_stream.is_causal_language_model = False
+    run = trainer(tmp_path, LossRecoveredCallback())
+    with pytest.warns(UserWarning, match=r"^LossRecoveredCallback measures nothing: ParameterList"):
+        assert run.validate(FakeSAE(), datamodule=data, verbose=False) == [{}]
+    batch = data.batches[0]
+    with pytest.raises(
+        ValueError, match=r"^ParameterList does not predict tokens from those before"
+    ):
+        LossRecovered().update(
+            data.residual_stream, batch["input_ids"], FakeSAE(), batch["kept"], torch.zeros(4)
+        )
+
+
 def test_it_works_in_16_bit_training(tmp_path):
     class Wide(FakeSAE):
         def forward(self, x):
