@@ -4,6 +4,7 @@ Auxiliary losses are off unless `dead` says which share of the features to take 
 nothing is logged, saved or evaluated.
 """
 
+import os
 from typing import Any, Literal, get_args
 
 from benchmarks.rounds import ENDLESS, Feed
@@ -88,6 +89,9 @@ def dictionary_learning(feed: Feed, rule: Rule, dead: float = 0.0) -> None:
 def sparsify(feed: Feed, optimizer: Literal["signum", "adam"], dead: float = 0.0) -> None:
     """Train with EleutherAI's sparsify: `Trainer.fit`, on a language model that costs nothing."""
     import torch
+
+    if feed.device == "cpu":  # it takes its Triton kernels wherever Triton is installed
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SaeConfig, TrainConfig, Trainer
     from torch import Tensor, nn
 
