@@ -12,10 +12,12 @@ from typing import Any, Final
 
 from lightning_sae.core.state_format import FORMAT, is_sae, rename, require_known, upgrade_names
 
-__all__ = ["FORMAT", "KEY", "format_of", "is_sae", "upgrade"]
+__all__ = ["FORMAT", "KEY", "TRAINED_WITH", "format_of", "is_sae", "upgrade"]
 
 KEY: Final = "lightning_sae_format"
 """Where a checkpoint has its number."""
+TRAINED_WITH: Final = "trained_with"
+"""Where it has the arguments on which the code of a token depends, whatever it is loaded with."""
 
 DATA_ARGUMENTS: Final = {"lm_batch_size": "model_batch_size", "lm_dtype": "model_dtype"}
 DATA_MODULES: Final = ("ActivationDataModule", "ImageActivationDataModule")
@@ -40,6 +42,7 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
     if "architecture" in checkpoint:  # else the module is someone else's, and so are its arguments
         _upgrade_arguments(checkpoint.get("hyper_parameters", {}), checkpoint["architecture"])
         checkpoint[KEY] = FORMAT
+        checkpoint[TRAINED_WITH] = dict(checkpoint.get("hyper_parameters", {}))
     if any(name in checkpoint for name in DATA_MODULES):
         arguments = checkpoint.get("datamodule_hyper_parameters", {})
         rename(arguments, DATA_ARGUMENTS)

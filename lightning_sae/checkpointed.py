@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_sae.checkpoint_format import FORMAT, KEY, upgrade
+from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH, upgrade
 from lightning_sae.checkpoint_io import in_present_format
 from lightning_sae.checks import UsageError
 from lightning_sae.core import Autoencoder
@@ -19,7 +19,14 @@ __all__ = ["CheckpointedAutoencoder"]
 
 
 class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
-    """The hooks by which Lightning writes and reads checkpoints."""
+    """The hooks by which Lightning writes and reads checkpoints.
+
+    Attributes:
+        code_settings: Names of the arguments on which the code of a token depends, beside what is
+            learned. A checkpoint holds them, and one that was trained with others is refused.
+    """
+
+    code_settings: ClassVar[tuple[str, ...]] = ("k", "importance")
 
     def __init__(self, d_model: int, n_features: int, **options: Any) -> None:
         super().__init__(d_model, n_features, **options)
@@ -33,7 +40,8 @@ class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
         one loaded with `weights_only=True`; `LightningModule.load_from_checkpoint` calls them.
 
         Raises:
-            ValueError: If it is damaged, or has arguments that this class has not.
+            UsageError: If it is damaged, has arguments that this class has not, or is given another
+                value of one of the `code_settings` than it was trained with.
         """
         safe = {"weights_only": True, "_instantiator": None}
         path = in_present_format(checkpoint_path)
@@ -53,9 +61,11 @@ class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
         self._resumption.tell()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write curves up to here; note what tells other architectures and formats apart."""
+        """Write curves up to here; note what tells checkpoints apart that do not fit."""
         write_curves(self.trainer)
         checkpoint["architecture"] = type(self).__name__
+        # Lightning overwrites hyper_parameters with the arguments of `load_from_checkpoint`.
+        checkpoint[TRAINED_WITH] = self._code_settings()
         checkpoint[KEY] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -75,6 +85,16 @@ class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
         expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
         if found != expected:
             raise UsageError(f"the checkpoint holds {found}, the configuration asks for {expected}")
+        trained_with = checkpoint.get(TRAINED_WITH, checkpoint.get("hyper_parameters", {}))
+        for name, asked in self._code_settings().items():
+            if name in trained_with and trained_with[name] != asked:
+                raise UsageError(
+                    f"{name}={asked!r}: the SAE in the checkpoint was trained with "
+                    f"{name}={trained_with[name]!r}"
+                )
         refuse_unfit(self, checkpoint.get("state_dict", {}), "")
         if self._trainer is not None:
             self._resumption.read(self._trainer, checkpoint)
+
+    def _code_settings(self) -> dict[str, Any]:
+        return {name: self.hparams[name] for name in self.code_settings if name in self.hparams}

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSAE
-from lightning_sae.checkpoint_format import FORMAT, KEY, format_of, is_sae, upgrade
+from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH, format_of, is_sae, upgrade
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from lightning_sae.checks import UsageError
 
@@ -118,6 +118,7 @@ def test_everything_else_stays():
     before, after = load("topk"), upgraded("topk")
     changed = {"state_dict", "hyper_parameters", KEY}
     assert after.pop(KEY) == FORMAT
+    assert after.pop(TRAINED_WITH) == after["hyper_parameters"]
     assert {key for key in before if str(before[key]) != str(after[key])} <= changed
     assert before.keys() == after.keys()
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
 from lightning_sae import MutualChoiceSAE, SparseAutoencoder, TopKSAE
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from tests.helpers.architectures import D_MODEL, N_FEATURES, K, activations, every_architecture
 
@@ -137,13 +138,29 @@ def test_the_learning_rate_falls_linearly_to_zero():
     assert rates.seen == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_thresholds_of_another_k_are_refused(tmp_path):
+@pytest.mark.parametrize("kind", [TopKSAE, MutualChoiceSAE])
+@pytest.mark.parametrize(("name", "other"), [("k", K + 1), ("importance", "gain")])
+def test_settings_on_which_codes_depend_are_those_of_the_checkpoint(kind, name, other, tmp_path):
+    path = tmp_path / "last.ckpt"
     trainer = quiet_trainer(max_steps=1)
-    trainer.fit(MutualChoiceSAE(D_MODEL, N_FEATURES, K), loader())
-    trainer.save_checkpoint(tmp_path / "mutual.ckpt")
-    other = MutualChoiceSAE(D_MODEL, N_FEATURES, K + 1)
-    with pytest.raises(ValueError, match="thresholds are for k=4, not for k=5"):
-        quiet_trainer().test(other, loader(), ckpt_path=tmp_path / "mutual.ckpt")
+    trainer.fit(kind(D_MODEL, N_FEATURES, K, importance="affinity"), loader())
+    trainer.save_checkpoint(path)
+    settings = {"k": K, "importance": "affinity"}
+    told = f"^{name}={other!r}: the SAE in the checkpoint was trained with {name}="
+    changed = kind(D_MODEL, N_FEATURES, **settings | {name: other})
+    with pytest.raises(UsageError, match=told):
+        quiet_trainer().test(changed, loader(), ckpt_path=path)
+    with pytest.raises(UsageError, match=told):
+        quiet_trainer(max_steps=2).fit(changed, loader(), ckpt_path=path)
+    with pytest.raises(UsageError, match=told):
+        kind.load_from_checkpoint(path, **{name: other})
+    (tmp_path / "hparams.yaml").write_text(
+        "\n".join(f"{key}: {value}" for key, value in changed.hparams.items() if value is not None)
+    )
+    with pytest.raises(UsageError, match=told):
+        kind.load_from_checkpoint(path, hparams_file=tmp_path / "hparams.yaml")
+    again = kind.load_from_checkpoint(path, **settings, aux_coefficient=0.0)  # of no code
+    assert (again.k, again.importance) == (K, "affinity")
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):

@@ -183,17 +183,6 @@ class ThresholdSAE(SparseAutoencoder):
             torch.where(first, seen, self.threshold.lerp(seen, 1 - self.averaging))
         )
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse also a checkpoint whose thresholds were learned for another k.
-
-        Raises:
-            ValueError: If it is one.
-        """
-        super().on_load_checkpoint(checkpoint)
-        learned, asked = checkpoint["hyper_parameters"].get("k"), self.hparams.get("k")
-        if learned != asked:
-            raise UsageError(f"the checkpoint's thresholds are for k={learned}, not for k={asked}")
-
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuse also thresholds that are not finite, but for those of an SAE not yet trained."""
         super().check_state(state)
