@@ -20,8 +20,14 @@ from lightning_sae.checks import UsageError
 
 FOLDER = Path(__file__).parent / "checkpoints_format_1"
 SAES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "mutual_choice": (MutualChoiceSAE, {"k": 2, "dead_after_tokens": 16}),
-    "feature_choice": (FeatureChoiceSAE, {"k": 2, "mutual_choice_tokens": 16}),
+    "mutual_choice": (
+        MutualChoiceSAE,
+        {"k": 2, "dead_after_tokens": 16, "importance": "affinity"},
+    ),
+    "feature_choice": (
+        FeatureChoiceSAE,
+        {"k": 2, "mutual_choice_tokens": 16, "importance": "affinity"},
+    ),
     "standard": (StandardSAE, {"l1_coefficient": 0.1}),
     "topk": (TopKSAE, {"k": 2, "dead_after_tokens": 16}),
 }

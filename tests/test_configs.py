@@ -45,3 +45,15 @@ def test_all_arguments_are_there(path: Path, part: str):
     made = getattr(lightning_sae, config["class_path"].removeprefix("lightning_sae."))
     parser.add_class_arguments(made, part, skip={"d_model"})  # which follows from the data
     assert set(config["init_args"]) == set(vars(parser.get_defaults()[part]))
+
+
+@pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
+def test_what_pairs_are_ranked_by_is_the_same_in_python(path: Path):
+    """So that a checkpoint of the one can be tested with the other."""
+    config = yaml.safe_load(path.read_text())["model"]
+    made = getattr(lightning_sae, config["class_path"].removeprefix("lightning_sae."))
+    others = {
+        key: config["init_args"][key] for key in ("n_features", "k") if key in config["init_args"]
+    }
+    sae = made(d_model=8, **others)
+    assert sae.importance == config["init_args"].get("importance", "affinity")

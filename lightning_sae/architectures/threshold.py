@@ -37,7 +37,8 @@ class ThresholdSAE(SparseAutoencoder):
         k: Expected matches per token, 1 to n_features.
         dying_below: Share of its Zipf density below which a feature counts as dying and is helped
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
+        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`. Affinity is the
+            paper's, and reconstructed worse.
         scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has
             its own: `lightning_sae.architectures.threshold.Scope`.
         options: Those of `lightning_sae.SparseAutoencoder`.
@@ -65,7 +66,7 @@ class ThresholdSAE(SparseAutoencoder):
         k: int,
         *,
         dying_below: float = DYING_BELOW,
-        importance: Importance = "affinity",
+        importance: Importance = "token_norm",
         scope: Scope = "global",
         **options: Any,
     ) -> None:
