@@ -70,6 +70,7 @@ class SparseAutoencoder(CheckpointedAutoencoder):
                 "k_aux": self.revival.k,
                 "aux_every": self.revival.every,
                 "dead_after_tokens": self.history.dead_after_tokens,
+                "max_norm_multiple": self.max_norm_multiple,
             }
         )
 

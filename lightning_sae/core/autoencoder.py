@@ -16,6 +16,7 @@ from lightning_sae.core.batch_statistics import batch_statistics
 from lightning_sae.core.dictionary import Dictionary
 from lightning_sae.core.firing_history import FiringHistory
 from lightning_sae.core.losses import reconstruction_loss
+from lightning_sae.core.ordinary_tokens import MASSIVE, is_massive
 from lightning_sae.core.revival import Revival
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import wide
@@ -54,6 +55,9 @@ class Autoencoder(Dictionary, ABC):
         aux_every: One token in so many is used for that loss: 8, say, makes it cheap, and noisier.
             Tokens should come shuffled.
         dead_after_tokens: Tokens without a match after which a feature counts as dead.
+        max_norm_multiple: Tokens more than so many times as far from the first batch's mean as is
+            typical are left out of training. Default: none are. A language model may need them:
+            what is left out is not learned.
 
     Attributes:
         history: When each feature fired last, and how often it does.
@@ -76,8 +80,12 @@ class Autoencoder(Dictionary, ABC):
         k_aux: int | None = None,
         aux_every: int = 1,
         dead_after_tokens: int = 10_000_000,
+        max_norm_multiple: float | None = None,
     ) -> None:
         super().__init__(d_model, n_features)
+        if max_norm_multiple is not None and not max_norm_multiple > 1:
+            raise UsageError(f"max_norm_multiple={max_norm_multiple} must be more than 1")
+        self.max_norm_multiple = max_norm_multiple
         k_aux = k_aux if k_aux is not None else max(1, d_model // 2)
         self.revival = Revival(aux_coefficient, dying_below, k_aux, aux_every)
         self.history = FiringHistory(n_features, dead_after_tokens)
@@ -185,9 +193,9 @@ class Autoencoder(Dictionary, ABC):
 
         Returns:
             The loss, 0-d with gradient, and a dictionary of detached 0-d tensors: each term of the
-            loss, `l0` (matches per token) and its spread `l0_std`, `fvu`, `dead_fraction`, and
-            `threshold` where there is one. In `train()` mode they are those of all ranks' tokens;
-            the loss itself is this rank's, as its gradient is.
+            loss, `l0` (matches per token) and its spread `l0_std`, `fvu`, `dead_fraction`,
+            `massive_fraction`, and `threshold` where there is one. In `train()` mode they are those
+            of all ranks' tokens; the loss itself is this rank's, as its gradient is.
 
         Raises:
             ValueError: If x is not d_model wide, or its affinities are not finite.
@@ -196,6 +204,10 @@ class Autoencoder(Dictionary, ABC):
         if self.training:
             self.prepare(x)
         scaled = self.scaled(x)
+        origin = self.input_mean * self.input_scale
+        massive = is_massive(scaled - origin, self.max_norm_multiple or MASSIVE)
+        leave_out = self.training and self.max_norm_multiple is not None
+        scaled = scaled[~massive] if leave_out else scaled
         scores = self.scores(scaled)
         with self._choosing():
             choice = self.choose(scores) if self.training else Choice(self.choose_per_token(scores))
@@ -210,7 +222,10 @@ class Autoencoder(Dictionary, ABC):
                 self.history.update(matches.per_feature(), len(scaled), self.layout.ranks)
                 self.observe(scores, choice)
         ranks = self.layout.ranks if self.training else None
-        stats = batch_statistics({"loss": loss, **terms}, matches, scaled, error, ranks)
+        means = {"loss": loss, **terms, "massive_fraction": massive.sum() / max(1, len(scaled))}
+        stats = batch_statistics(means, matches, scaled, error, ranks)
+        if leave_out:  # so far for each token that is left
+            stats["massive_fraction"] /= 1 + stats["massive_fraction"]
         stats["dead_fraction"] = self.history.dead().float().mean()
         stats |= self.threshold_statistics()
         return loss, {name: value.detach() for name, value in stats.items()}

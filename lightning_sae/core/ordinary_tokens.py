@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_sae.parallel import Ranks
 
-__all__ = ["MASSIVE", "geometric_median", "mean_and_variance"]
+__all__ = ["MASSIVE", "geometric_median", "is_massive", "mean_and_variance"]
 
 MASSIVE: Final = 10.0
 """A token is massive that is more than so many times as far from the origin as is typical: the
@@ -64,3 +64,15 @@ def geometric_median(x: Tensor, ranks: Ranks) -> Tensor:
         distance = (x - centre).norm(dim=1)
         weight = 1 / distance.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
     return centre
+
+
+@torch.no_grad()
+def is_massive(centred: Tensor, multiple: float) -> Tensor:
+    """Return which tokens are more than so many times as long as is typical, bool, (tokens,).
+
+    Args:
+        centred: Scaled activations less their mean, so that a mean square of 1 is typical, shape
+            (tokens, d_model).
+        multiple: How many times.
+    """
+    return centred.square().mean(1) > multiple**2

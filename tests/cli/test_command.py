@@ -93,7 +93,7 @@ def test_the_curves_are_there(tmp_path: Path):
     events = EventAccumulator(str(tmp_path / "runs/mutual_choice/version_0")).Reload()
     scalars = set(events.Tags()["scalars"])
     train = {"loss", "reconstruction_loss", "aux_zipf_loss", "l0", "l0_std", "fvu", "dead_fraction"}
-    train |= {"threshold", "tokens", "tokens_per_second"}
+    train |= {"massive_fraction", "threshold", "tokens", "tokens_per_second"}
     assert {f"train/{name}" for name in train} <= scalars
     val = {"fvu", "l0", "l0_std", "dead_fraction", "dying_fraction", "threshold", "tokens", "kl"}
     val |= {"loss_recovered_mean", "loss_recovered_zero", "delta_ce", "ce_clean"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sae import TopKSAE
+from lightning_sae import MutualChoiceSAE, TopKSAE
 from lightning_sae.core.ordinary_tokens import geometric_median, mean_and_variance
 from lightning_sae.parallel import Ranks
 from tests.helpers.architectures import D_MODEL, activations, every_architecture
@@ -76,6 +76,33 @@ def test_one_token_of_the_first_batch_does_not_decide_for_all(make):
     sae.loss(x)
     typical = (sae.scaled(activations(256)) - sae.b_dec.detach()).square().sum(1).mean()
     torch.testing.assert_close(typical.item(), float(D_MODEL), rtol=0.05, atol=0)
+
+
+def later_batch(rank: int, cut: int, option: float | None) -> dict[str, Tensor]:
+    """Return what is logged of a batch with 3 massive tokens in 256, after one without."""
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(D_MODEL, 48, 4, aux_coefficient=0, max_norm_multiple=option)
+    x = activations(256)
+    sae.loss(x[:cut] if rank == 0 else x[cut:])
+    x[:3] += 50 * (x - x.mean(0)).square().mean().sqrt()
+    _, stats = sae.loss(x[:cut] if rank == 0 else x[cut:])
+    return stats | {"tokens": sae.tokens_seen}
+
+
+@pytest.mark.parametrize(("option", "tokens"), [(None, 512), (20.0, 509), (200.0, 512)])
+def test_massive_tokens_of_any_batch_are_shown_and_left_out_if_asked_to(option, tokens):
+    found = later_batch(0, 256, option)
+    share = 0.0 if option == 200 else 3 / 256
+    torch.testing.assert_close(found["massive_fraction"].item(), share)
+    assert found["tokens"] == tokens
+    assert tokens == 512 or found["loss"] < 2
+    for both in run_on_two(later_batch, 100, option):
+        torch.testing.assert_close(both, found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_multiple_is_more_than_one():
+    with pytest.raises(ValueError, match=r"max_norm_multiple=0\.5 must be more than 1"):
+        TopKSAE(D_MODEL, 8, 1, max_norm_multiple=0.5)
 
 
 def test_what_is_not_finite_is_still_refused():
