@@ -52,7 +52,8 @@ def test_gradients_equal_dense_autograd(make):
     scaled = x * reference.input_scale
     centred = scaled - reference.b_dec
     z = centred @ reference.encoder.weight.T + reference.encoder.bias
-    mask = reference.choose(TensorScores(z)).matches.to_dense() > 0
+    scores = reference.scores(scaled).dense()  # of z, by whatever ranks them
+    mask = reference.choose(TensorScores(scores)).matches.to_dense() > 0
     codes = torch.where(mask, z, 0.0)
     dictionary = reference.W_dec / reference.W_dec.norm(dim=1, keepdim=True)
     error = scaled - codes @ dictionary - reference.b_dec
