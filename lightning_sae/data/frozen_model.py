@@ -73,6 +73,16 @@ class FrozenModel(ABC):
         return config
 
     @property
+    def description(self) -> dict[str, Any]:
+        """What an activation is: the model by its name and its weights, the layer and the dtype."""
+        return {
+            "model_name": self.name,
+            "weights": self._fingerprint,
+            "layer": self.layer,
+            "model_dtype": self.dtype,
+        }
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream, known without any weights."""
         return int(self.config.get_text_config().hidden_size)

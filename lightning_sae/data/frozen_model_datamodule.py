@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property, partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,6 +15,7 @@ from lightning_sae.checks import UsageError, require_at_least, require_positive
 from lightning_sae.data.blocks import Inputs, endless_blocks, held_out_parts, of_length, stacked
 from lightning_sae.data.frozen_model import FrozenModel
 from lightning_sae.data.place import KeepsPlace
+from lightning_sae.data.provenance import compare, fingerprint
 from lightning_sae.data.stream import ActivationStream, HeldOutBatches
 from lightning_sae.parallel import ranks_of
 from lightning_sae.residual_stream import ResidualStream
@@ -83,13 +84,9 @@ class FrozenModelDataModule(KeepsPlace, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        require_positive(
-            batch_size=batch_size,
-            batches_per_block=batches_per_block,
-            model_batch_size=model_batch_size,
-            validation_tokens=validation_tokens,
-            test_tokens=test_tokens,
-        )
+        require_positive(batch_size=batch_size, batches_per_block=batches_per_block)
+        require_positive(model_batch_size=model_batch_size)
+        require_positive(validation_tokens=validation_tokens, test_tokens=test_tokens)
         require_at_least(0, seed=seed)
         self.model = model
         self.batch_size = batch_size  # the name that Lightning's batch size finder looks for
@@ -183,6 +180,7 @@ class FrozenModelDataModule(KeepsPlace, ABC):
             raise UsageError(
                 f"batch_size={self.batch_size} cannot be shared by {ranks.size} devices"
             )
+        _ = self.model.description  # of which checkpoints take a note, and no later than now
         tokens = self.tokens_per_input
         blocks = partial(
             endless_blocks,
@@ -218,6 +216,24 @@ class FrozenModelDataModule(KeepsPlace, ABC):
     def predict_dataloader(self) -> HeldOutBatches:
         """Return the batches of `test_dataloader`."""
         return self.test_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place right after the batch consumed last, and what was read up to there."""
+        inputs = fingerprint(vars(self).get("_train_inputs"))  # None unless they were needed
+        noted = {"activations": self.model.description, "inputs": inputs}
+        return super().state_dict() | noted
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue right after the batch that was consumed last when the state was saved.
+
+        Raises:
+            UsageError: If it is of other activations or, if training is to continue, other inputs.
+        """
+        resumed = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if resumed:
+            _ = self._train_inputs
+        compare(self.state_dict(), state_dict, resumed, self.source)
+        super().load_state_dict(state_dict)
 
     @property
     def _device(self) -> torch.device:

@@ -28,7 +28,7 @@ class KeepsPlace(pl.LightningDataModule):
     place: ClassVar[tuple[str, ...]] = ("model_name", "batch_size", "batches_per_block", "seed")
     """The attributes, numbers or strings, that decide which inputs a place in the stream means.
 
-    Checkpoints note them, and a run that goes on with others warns. A subclass adds its own.
+    Checkpoints note them; who goes on with others is warned or refused. A subclass adds its own.
     """
 
     def __init__(self) -> None:

@@ -1,14 +1,18 @@
 """What all data modules do in a Trainer, seen on text: whole, interrupted, between validations."""
 
 import itertools
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data import ActivationDataModule
 from tests.data.tiny import D_MODEL, STEPS, Recorder, arguments, same, trainer
 from tests.helpers.ddp import run_on_two
@@ -93,6 +97,56 @@ def test_another_stream_than_the_checkpoints_is_told(make, uninterrupted, tmp_pa
     message = r"^batch_size=32 was 64 in the checkpoint: training continues at batch 1 of block 1"
     with pytest.warns(UserWarning, match=message):
         trainer(tmp_path, max_steps=6).fit(Recorder(), make(batch_size=32), ckpt_path=checkpoint)
+
+
+def refused(act, told):
+    with pytest.raises(UsageError, match=told) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", [{"layer": 0}, {"model_dtype": "bfloat16"}])
+def test_activations_of_another_kind_are_told(make, uninterrupted, tmp_path, changed):
+    checkpoint = uninterrupted[False][0] / "5.ckpt"
+    ((name, value),) = changed.items()
+    told = f"^{name}={value!r}: the checkpoint was trained on "
+    data = make(**changed)
+    for method in ("fit", "validate", "test", "predict"):
+        act = getattr(trainer(tmp_path), method)
+        refused(partial(act, Recorder(), datamodule=data, ckpt_path=checkpoint), told)
+
+
+def test_other_weights_under_the_same_name_are_told(make, uninterrupted, tmp_path, model_folder):
+    checkpoint = uninterrupted[False][0] / "5.ckpt"
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    act = partial(trainer(tmp_path).test, verbose=False, ckpt_path=checkpoint)
+    act(Recorder(), make(model_name=str(moved)))
+    weights = load_file(moved / "model.safetensors")
+    weights[min(weights)] += 1
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    told = "has the weights .* the checkpoint was trained on model_name=.*, which had "
+    refused(partial(act, Recorder(), make(model_name=str(moved))), told)
+
+
+@pytest.mark.parametrize("changed", [{"context_length": 8}, {"seed": 1}])
+def test_other_inputs_are_told(make, uninterrupted, tmp_path, changed):
+    checkpoint = uninterrupted[False][0] / "5.ckpt"
+    ((name, value),) = changed.items()
+    told = f"^{name}={value!r}: the checkpoint was trained on "
+    refused(partial(trainer(tmp_path).fit, Recorder(), make(**changed), ckpt_path=checkpoint), told)
+    trainer(tmp_path).test(Recorder(), make(**changed), ckpt_path=checkpoint, verbose=False)
+
+
+def test_text_that_has_changed_or_moved(make, uninterrupted, text_file, tmp_path):
+    checkpoint = uninterrupted[False][0] / "5.ckpt"
+    moved = tmp_path / "moved.jsonl"
+    lines = text_file.read_text().splitlines()
+    moved.write_text("\n".join(lines))
+    fit = partial(trainer(tmp_path, max_steps=6).fit, Recorder(), ckpt_path=checkpoint)
+    with pytest.warns(UserWarning, match="^text=.* in the checkpoint: training continues"):
+        fit(make(text=str(moved)))
+    moved.write_text("\n".join(lines[1:]))
+    refused(partial(fit, make(text=str(moved))), "^text=.*: the checkpoint was trained on")
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,7 @@ def test_a_resumed_run_goes_on_where_it_was(model_folder, tmp_path, kind, cut):
     run(cut)
     checkpoint = tmp_path / f"{cut}.ckpt"
     assert same(run(5, checkpoint), whole[cut:])
-    message = r"^held_out_rows=30 was 20 in the checkpoint: .* which is of other rows now$"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.raises(UsageError, match=r"^held_out_rows=30: the checkpoint was trained on 20$"):
         run(5, checkpoint, held_out_rows=30)
 
 
