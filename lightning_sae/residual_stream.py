@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from functools import cached_property
+from inspect import signature
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,8 +92,9 @@ class ResidualStream:
 
         Args:
             input_ids: Token ids, (contexts, length), or pixels, (images, 3, height, width).
-            attention_mask: 1 for a token, 0 for padding, (contexts, length). None: no padding. Of
-                no meaning for images.
+            attention_mask: 1 for a token, 0 for padding, (contexts, length), before or after the
+                tokens; these are read as they are alone. None: no padding. Of no meaning for
+                images.
 
         Returns:
             The residual stream in the model's dtype, (contexts or images, length, d_model).
@@ -228,8 +230,14 @@ class ResidualStream:
         attention_mask: Tensor | None,
         model: PreTrainedModel | None = None,
     ) -> Any:
-        options = {"attention_mask": attention_mask, "use_cache": False}
-        options = options if self._reads_text else {}
+        options: dict[str, Any] = {}
+        if self._reads_text:
+            options = {"attention_mask": attention_mask, "use_cache": False}
+        padded_before = attention_mask is not None and not bool(attention_mask[:, 0].all())
+        if padded_before and "position_ids" in signature(self.model.forward).parameters:
+            # Learned positions are counted from the first column otherwise, padding or not.
+            positions = cast(Tensor, attention_mask).long().cumsum(-1) - 1
+            options["position_ids"] = positions.clamp(min=0)
         thread = get_ident()
 
         def in_this_thread(*seen: Any) -> Any:

@@ -18,6 +18,9 @@ from lightning_sae.residual_stream import ResidualStream
 
 T = TypeVar("T")
 
+_ROWS = ("input_ids", "kept", "states", "attention_mask")
+"""What a batch has of each context."""
+
 
 class HeldOutCallback(Callback, ABC):
     """Measures on the first held-out contexts of every validation and test, and logs at its end.
@@ -162,9 +165,7 @@ def _first(contexts: int, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a batch with no more than its first contexts."""
     if contexts >= len(batch["kept"]):
         return batch
-    cut = {
-        name: batch[name][:contexts] for name in ("input_ids", "kept", "states") if name in batch
-    }
+    cut = {name: batch[name][:contexts] for name in _ROWS if name in batch}
     if "activations" in batch:
         cut["activations"] = batch["activations"][: int(cut["kept"].sum())]
     return {**batch, **cut}

@@ -44,14 +44,15 @@ class LossRecoveredCallback(HeldOutCallback):
     ) -> None:
         """Run the language model on a batch, as it is, spliced and ablated."""
         ids, kept, mean = batch["input_ids"], batch["kept"], pl_module.input_mean
-        states = batch.get("states")
+        mask = batch.get("attention_mask")
+        known = {"attention_mask": mask, "states": batch.get("states")}
         ablated = self.remembered(
-            lambda: ablated_losses(residual_stream, ids, kept, mean, states=states),
+            lambda: ablated_losses(residual_stream, ids, kept, mean, **known),
             residual_stream,
-            *(ids, kept, mean),
+            *((ids, kept, mean) if mask is None else (ids, kept, mean, mask)),
         )
         self._metric.to(pl_module.device).update(
-            residual_stream, ids, pl_module, kept, mean, states=states, ablated=ablated
+            residual_stream, ids, pl_module, kept, mean, ablated=ablated, **known
         )
 
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -87,6 +87,7 @@ class LossRecovered(TotalsMetric):
         kept: Tensor,
         mean: Tensor,
         *,
+        attention_mask: Tensor | None = None,
         states: Tensor | None = None,
         ablated: AblatedLosses | None = None,
     ) -> None:
@@ -99,6 +100,8 @@ class LossRecovered(TotalsMetric):
                 as an autoencoder in `eval()` mode.
             kept: True where the activation is edited, shape (contexts, length).
             mean: Mean activation, shape (d_model,).
+            attention_mask: 1 for a token, 0 for padding, shape (contexts, length); padding is
+                neither edited nor scored, nor is what precedes it. None: no padding.
             states: What `residual_stream.read` returned for these contexts, which makes for shorter
                 runs. None: not known.
             ablated: What `ablated_losses` returned for the same arguments. None: not known.
@@ -107,13 +110,13 @@ class LossRecovered(TotalsMetric):
             ValueError: If a shape is not as above, kept is not boolean, or the model does not
                 predict tokens from those before them alone.
         """
-        scored = _scored_positions(input_ids, kept)
+        kept, scored = _kept_and_scored(input_ids, kept, attention_mask)
         if not scored.any():
             return
         if not getattr(residual_stream, "is_causal_language_model", True):
             name = type(residual_stream.model).__name__
             raise UsageError(f"{name} does not predict tokens from those before them alone")
-        run = _Runs(residual_stream, input_ids, kept, states)
+        run = _Runs(residual_stream, input_ids, kept, attention_mask, states)
         clean = run(lambda x: x)
         spliced = run(reconstruct)
         kl = _divergence(clean, spliced, scored)
@@ -121,7 +124,8 @@ class LossRecovered(TotalsMetric):
         ce_spliced = _cross_entropy(spliced, input_ids, scored)
         del clean, spliced  # before the next logits
         if ablated is None:
-            ablated = ablated_losses(residual_stream, input_ids, kept, mean, states=states)
+            known = {"attention_mask": attention_mask, "states": states}
+            ablated = ablated_losses(residual_stream, input_ids, kept, mean, **known)
         self.add_to_totals(
             ce_clean=ce_clean,
             ce_spliced=ce_spliced,
@@ -147,6 +151,7 @@ def ablated_losses(
     kept: Tensor,
     mean: Tensor,
     *,
+    attention_mask: Tensor | None = None,
     states: Tensor | None = None,
 ) -> AblatedLosses:
     """Run the model on a batch of contexts, twice ablated. No dictionary plays a part in it.
@@ -156,13 +161,14 @@ def ablated_losses(
         input_ids: Token ids, shape (contexts, length).
         kept: True where the activation is edited, shape (contexts, length).
         mean: Mean activation, shape (d_model,).
+        attention_mask: 1 for a token, 0 for padding, shape (contexts, length). None: no padding.
         states: What `residual_stream.read` returned for these contexts. None: not known.
 
     Raises:
         ValueError: If a shape is not as above, or kept is not boolean.
     """
-    scored = _scored_positions(input_ids, kept)
-    run = _Runs(residual_stream, input_ids, kept, states)
+    kept, scored = _kept_and_scored(input_ids, kept, attention_mask)
+    run = _Runs(residual_stream, input_ids, kept, attention_mask, states)
     return AblatedLosses(
         zero=_cross_entropy(run(torch.zeros_like), input_ids, scored),
         mean=_cross_entropy(run(lambda x: _rows_of(mean, like=x)), input_ids, scored),
@@ -199,7 +205,7 @@ def loss_recovered(
         >>> values["loss_recovered_zero"], values["loss_recovered_mean"]
         (tensor(0.9549), tensor(0.7202))
     """
-    scored = _scored_positions(input_ids, kept)
+    _, scored = _kept_and_scored(input_ids, kept)
     logits = {"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_mean": mean}
     totals = {name: _cross_entropy(each, input_ids, scored) for name, each in logits.items()}
     totals["kl"] = _divergence(clean, spliced, scored)
@@ -217,15 +223,22 @@ def _loss_recovered_compute(totals: dict[str, Tensor], tokens: Tensor) -> dict[s
     } | {name: ratio(totals[name], tokens) for name in _TOTALS if name != "kl"}
 
 
-def _scored_positions(input_ids: Tensor, kept: Tensor) -> Tensor:
+def _kept_and_scored(
+    input_ids: Tensor, kept: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return which positions are edited and which of them are scored."""
     if input_ids.dim() != 2 or kept.shape != input_ids.shape or kept.dtype != torch.bool:
         raise UsageError(
             f"kept of shape {tuple(kept.shape)} and {kept.dtype}, input_ids of shape "
             f"{tuple(input_ids.shape)}: both must be (contexts, length), and kept torch.bool"
         )
+    if attention_mask is not None:
+        kept = kept & (attention_mask != 0)
     scored = kept.clone()
     scored[:, -1] = False  # no next token to predict
-    return scored
+    if attention_mask is not None:
+        scored[:, :-1] &= attention_mask[:, 1:] != 0
+    return kept, scored
 
 
 @dataclass(frozen=True)
@@ -235,10 +248,12 @@ class _Runs:
     residual_stream: ResidualStream
     input_ids: Tensor
     kept: Tensor
+    attention_mask: Tensor | None
     states: Tensor | None
 
     def __call__(self, replacement: Callable[[Tensor], Tensor]) -> Tensor:
-        known = {} if self.states is None else {"states": self.states}
+        known = {"attention_mask": self.attention_mask, "states": self.states}
+        known = {name: value for name, value in known.items() if value is not None}
         edit = _edit(self.kept, replacement)
         return self.residual_stream.replace(self.input_ids, edit, **known)
 

@@ -123,6 +123,25 @@ def test_batches_weigh_by_scored_positions(stream):
         assert actual[name].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_padded_contexts_count_as_they_do_one_by_one(stream, side):
+    alone = [contexts(1, length=length, seed=length) for length in (6, 4, 3)]
+    expected = value_of(stream, shrink, *alone)
+    # Padding is a token like any other, but for the mask.
+    ids, kept = torch.full((3, 6), 7), torch.ones(3, 6, dtype=torch.bool)
+    mask = torch.zeros_like(ids)
+    for row, (input_ids, its_kept) in enumerate(alone):
+        length = input_ids.shape[1]
+        here = slice(6 - length, 6) if side == "before" else slice(length)
+        ids[row, here], kept[row, here], mask[row, here] = input_ids[0], its_kept[0], 1
+    metric = LossRecovered()
+    for known in ({}, {"states": stream.read(ids, mask)}):
+        metric.reset()
+        metric.update(stream, ids, shrink, kept, MEAN, attention_mask=mask, **known)
+        for name, value in metric.compute().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 class Recorder:
     """A stream whose activations are given and whose logits are those, with what was edited."""
 
