@@ -47,6 +47,7 @@ class FrozenModel(ABC):
     ) -> None:
         if not isinstance(layer, str):
             require_at_least(0, layer=layer)
+            layer = int(layer)  # which checkpoints note
         if dtype not in get_args(Dtype):
             raise UsageError(f"model_dtype={dtype!r} must be one of {', '.join(get_args(Dtype))}")
         self.name = name = str(name)  # a `Path` will do

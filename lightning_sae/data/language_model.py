@@ -66,7 +66,9 @@ class LanguageModel(FrozenModel):
 
         causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
         named = (self.config.architectures or [""])[0]
-        own = getattr(transformers, named, transformers.AutoModel)
+        own: Any = getattr(transformers, named, None)
+        if not (isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)):
+            own = transformers.AutoModel  # a configuration may say anything
         model, missing = self._with_weights(causal or own)
         if missing and causal is not None and named != causal.__name__:  # the file has no such head
             model, missing = self._with_weights(transformers.AutoModel)

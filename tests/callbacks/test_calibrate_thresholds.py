@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, TopKSAE
@@ -13,8 +14,16 @@ from lightning_sae.callbacks import CalibrateThresholds
 from tests.helpers.superposition import superposition
 
 K = 3
-TRAIN = torch.cat([superposition(128, 8, n_features=16, seed=seed) for seed in range(20)])
-HELD_OUT = superposition(1000, 8, n_features=16, seed=-1)
+
+
+def tokens(count: int, seed: int) -> Tensor:
+    """Return tokens of which no two are equal: not all of those at a threshold could be chosen."""
+    noise = torch.randn(count, 8, generator=torch.Generator().manual_seed(1000 + seed))
+    return superposition(count, 8, n_features=16, seed=seed) + 0.01 * noise
+
+
+TRAIN = torch.cat([tokens(128, seed) for seed in range(20)])
+HELD_OUT = tokens(1000, seed=-1)
 
 
 def fit(sae: SparseAutoencoder, folder: Path, *callbacks: pl.Callback) -> Path:

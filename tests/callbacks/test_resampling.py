@@ -188,7 +188,7 @@ class Record(pl.Callback):
     [
         (StandardSAE, {"l1_coefficient": 0.5}, 10),
         (TopKSAE, {"k": 3, "aux_coefficient": 0.0}, 3),  # small affinities win seldom
-        (MutualChoiceSAE, {"k": 3, "aux_coefficient": 0.0}, 3),
+        (MutualChoiceSAE, {"k": 3, "aux_coefficient": 0.0, "importance": "affinity"}, 3),
     ],
 )
 def test_resampled_features_fire_again(make, arguments, firing, tmp_path):

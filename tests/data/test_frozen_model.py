@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from lightning_sae.data.language_model import LanguageModel
 from tests.data.tiny import D_MODEL
@@ -30,13 +30,13 @@ def test_the_model_is_frozen_in_eval_mode_and_of_the_dtype(model_folder, dtype):
 
 def test_it_is_loaded_once_and_only_when_read(model_folder, monkeypatch):
     calls = []
-    load = AutoModelForCausalLM.from_pretrained
+    load = GPT2LMHeadModel.from_pretrained
 
     def from_pretrained(*args, **kwargs):
         calls.append(kwargs)
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", from_pretrained)
     model = frozen_model(model_folder)
     assert model.d_model == D_MODEL
     read = model.reader(CPU)
