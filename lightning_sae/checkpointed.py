@@ -12,13 +12,14 @@ from lightning_sae.checkpoint_io import in_present_format
 from lightning_sae.checks import UsageError
 from lightning_sae.core import Autoencoder
 from lightning_sae.core.loading import refuse_unfit
+from lightning_sae.hyperparameters import PlainHyperparameters
 from lightning_sae.optim.logged_steps import write_curves
 from lightning_sae.optim.resumption import Resumption
 
 __all__ = ["CheckpointedAutoencoder"]
 
 
-class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
+class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningModule):
     """The hooks by which Lightning writes and reads checkpoints.
 
     Attributes:
@@ -62,7 +63,8 @@ class CheckpointedAutoencoder(Autoencoder, pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write curves up to here; note what tells checkpoints apart that do not fit."""
-        write_curves(self.trainer)
+        if self._trainer is not None:
+            write_curves(self._trainer)
         checkpoint["architecture"] = type(self).__name__
         # Lightning overwrites hyper_parameters with the arguments of `load_from_checkpoint`.
         checkpoint[TRAINED_WITH] = self._code_settings()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -48,6 +48,9 @@ class SparseAutoencoder(CheckpointedAutoencoder):
         options: Those of `lightning_sae.core.Autoencoder`, which also says what it raises.
     """
 
+    # Primitives only: checkpoints with classes among their hyperparameters do not load safely.
+    not_noted: ClassVar[tuple[str, ...]] = ("optimizer", "lr_scheduler")
+
     def __init__(
         self,
         d_model: int,
@@ -61,8 +64,7 @@ class SparseAutoencoder(CheckpointedAutoencoder):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._metrics: list[MetricCollection] = []  # in a list: they are no part of the model
-        # Primitives only: checkpoints with classes among their hyperparameters do not load safely.
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters()
         self.save_hyperparameters(
             {
                 "aux_coefficient": self.revival.coefficient,

@@ -21,7 +21,10 @@ ROOMS = (
     ("selection",),
     ("kernels", "data", "metrics"),
     ("parallel",),
-    ("matches", "numerics", "zipf", "residual_stream", "checks", "quickstart"),
+    (
+        *("matches", "numerics", "zipf", "residual_stream"),
+        *("checks", "hyperparameters", "quickstart"),
+    ),
 )
 """From the top. What stands in one line may import from each other, but for the ground."""
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sae.data.stream import Cursor
+from lightning_sae.hyperparameters import PlainHyperparameters, plain
 
 __all__ = ["KeepsPlace"]
 
 
-class KeepsPlace(pl.LightningDataModule):
+class KeepsPlace(PlainHyperparameters, pl.LightningDataModule):
     """A data module of an endless stream whose batches carry the place after them.
 
     A fit goes on from its checkpoint, or from what its own Trainer has read before. Any other
@@ -36,13 +34,6 @@ class KeepsPlace(pl.LightningDataModule):
         self._cursor: Cursor = (0, 0)
         self._moved_by: TrainerState | None = None  # None: no Trainer, or a state that was loaded
 
-    def save_hyperparameters(self, *args: Any, **options: Any) -> None:
-        """Note the arguments as Lightning does, in types that a checkpoint may hold."""
-        caller = inspect.currentframe()
-        super().save_hyperparameters(*args, **{"frame": caller and caller.f_back} | options)
-        for name, value in self.hparams.items():
-            self.hparams[name] = _plain(value)
-
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take the cursor off a training batch; Lightning calls this when it consumes a batch.
 
@@ -57,7 +48,7 @@ class KeepsPlace(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place right after the batch consumed last, and what gives it meaning."""
-        place = {name: _plain(getattr(self, name)) for name in self.place}
+        place = {name: plain(getattr(self, name)) for name in self.place}
         return {"cursor": self._here, "place": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -70,7 +61,7 @@ class KeepsPlace(pl.LightningDataModule):
         block, batch = self._cursor = state_dict["cursor"]
         self._moved_by = None
         for name, before in state_dict["place"].items():
-            now = _plain(getattr(self, name, None))
+            now = plain(getattr(self, name, None))
             if now != before:
                 rank_zero_warn(
                     f"{name}={now!r} was {before!r} in the checkpoint: training continues at batch "
@@ -89,13 +80,3 @@ class KeepsPlace(pl.LightningDataModule):
     def _start(self) -> Cursor:
         # `Trainer(overfit_batches=n)` wants the same n batches in each epoch.
         return (0, 0) if getattr(self.trainer, "overfit_batches", 0) else self._here
-
-
-def _plain(value: Any) -> Any:
-    """Return a number of NumPy or a path as what Python and command lines have for it.
-
-    Checkpoints are read with `weights_only=True`, which refuses both.
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value) if isinstance(value, Path) else value
