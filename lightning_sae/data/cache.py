@@ -30,37 +30,48 @@ class ActivationCache:
             (inputs, length, d_model).
         folder: Where the files are; whatever else decides the values belongs in its name.
         device: Where to put activations that come from the disk.
+        shape: Returns the shape of what is read of inputs.
+        dtype: What the model computes in.
     """
 
     read: Callable[[Tensor], Tensor]
     folder: Path
     device: torch.device
+    shape: Callable[[Tensor], tuple[int, ...]]
+    dtype: torch.dtype
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the activations of these inputs, (inputs, length, d_model).
 
         Raises:
-            UsageError: If their file is damaged, or cannot be written.
+            UsageError: If their file is damaged, holds another shape or type, or cannot be written.
         """
         key = inputs.cpu().contiguous()
         digest = hashlib.sha256(repr(tuple(key.shape)).encode() + key.numpy().tobytes())
         file = self.folder / f"{digest.hexdigest()}.safetensors"
         if file.exists():
-            return self._load(file)
+            return self._load(file, self.shape(inputs))
         activations = self.read(inputs)
         self._save(activations, file)
         return activations
 
-    def _load(self, file: Path) -> Tensor:
+    def _load(self, file: Path, shape: tuple[int, ...]) -> Tensor:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(file, device=str(self.device))["activations"]
+            found = load_file(file, device=str(self.device))["activations"]
         except (SafetensorError, KeyError, OSError) as error:
             raise UsageError(
                 f"cache_dir: {file} is damaged ({error}); delete it, and it is computed again"
             ) from error
+        # Some models of sixteen bits keep their residual stream in float32.
+        if found.shape != shape or found.dtype not in {self.dtype, torch.float32}:
+            raise UsageError(
+                f"cache_dir: {file} holds {found.dtype} of shape {tuple(found.shape)} instead of "
+                f"{self.dtype} of shape {shape}; delete it, and it is computed again"
+            )
+        return found
 
     def _save(self, activations: Tensor, file: Path) -> None:
         from safetensors import SafetensorError

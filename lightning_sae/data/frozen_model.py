@@ -118,11 +118,21 @@ class FrozenModel(ABC):
         if cache_dir is None:
             return read
         folder = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self._fingerprint}"
-        return ActivationCache(read, Path(cache_dir).expanduser() / folder, device)
+        return ActivationCache(
+            read,
+            Path(cache_dir).expanduser() / folder,
+            device,
+            shape=lambda inputs: (len(inputs), self.positions(inputs), self.d_model),
+            dtype=getattr(torch, self.dtype),
+        )
 
     @abstractmethod
     def load(self) -> Any:
         """Return the model, a `PreTrainedModel`, with its weights."""
+
+    @abstractmethod
+    def positions(self, inputs: Tensor) -> int:
+        """Return at how many positions of each of the inputs the model is read: the length."""
 
     @abstractmethod
     def read(self, inputs: Tensor, device: torch.device) -> Tensor:

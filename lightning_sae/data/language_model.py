@@ -42,6 +42,10 @@ class LanguageModel(FrozenModel):
             raise UsageError(f"model_name={self.name!r}: there is no tokenizer")
         return tokenizer
 
+    def positions(self, inputs: Tensor) -> int:
+        """Return the length of contexts, (contexts, length)."""
+        return inputs.shape[1]
+
     def read(self, inputs: Tensor, device: torch.device) -> Tensor:
         """Return the activations of token ids, (contexts, length, d_model), on this device.
 

@@ -59,6 +59,10 @@ class VisionModel(FrozenModel):
             )
         return pixels
 
+    def positions(self, inputs: Tensor) -> int:
+        """Return the number of patches, which is that of every image."""
+        return self.patches
+
     def read(self, inputs: Tensor, device: torch.device) -> Tensor:
         """Return the activations of images' patches, (images, patches, d_model), on this device.
 

@@ -23,12 +23,16 @@ class Reader:
         return torch.randn(*input_ids.shape, 5, generator=generator).to(self.dtype)
 
 
+def cached(reader, folder):
+    return ActivationCache(reader, folder, CPU, lambda ids: (*ids.shape, 5), reader.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_was_read_once_is_not_read_again(tmp_path, dtype):
     reader = Reader(dtype)
     ids = torch.arange(6).view(2, 3)
-    first = ActivationCache(reader, tmp_path / "new" / "folder", CPU)(ids)
-    again = ActivationCache(reader, tmp_path / "new" / "folder", CPU)(ids)
+    first = cached(reader, tmp_path / "new" / "folder")(ids)
+    again = cached(reader, tmp_path / "new" / "folder")(ids)
     assert reader.calls == 1
     assert again.dtype == dtype
     assert torch.equal(first, again)
@@ -39,7 +43,7 @@ def test_what_was_read_once_is_not_read_again(tmp_path, dtype):
 
 def test_other_tokens_and_shapes_are_other_files(tmp_path):
     reader = Reader()
-    cache = ActivationCache(reader, tmp_path, CPU)
+    cache = cached(reader, tmp_path)
     ids = torch.arange(6)
     for other in (ids.view(2, 3), ids.view(3, 2), ids.flip(0).view(2, 3), ids.view(3, 2).T):
         assert cache(other).shape == (*other.shape, 5)
@@ -49,7 +53,7 @@ def test_other_tokens_and_shapes_are_other_files(tmp_path):
 
 @pytest.mark.parametrize("damage", ["empty", "short", "long", "garbage", "other"])
 def test_damaged_files(tmp_path, damage):
-    cache = ActivationCache(Reader(), tmp_path, CPU)
+    cache = cached(Reader(), tmp_path)
     ids = torch.arange(6).view(2, 3)
     whole = cache(ids)
     (file,) = tmp_path.iterdir()
@@ -72,6 +76,37 @@ def test_damaged_files(tmp_path, damage):
     assert torch.equal(cache(ids), whole)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: x[:, :2], r"torch.float32 of shape \(2, 2, 5\)"),
+        (lambda x: x[..., :4], r"torch.float32 of shape \(2, 3, 4\)"),
+        (lambda x: x[0, 0, 0], r"torch.float32 of shape \(\)"),
+        (lambda x: x.half(), r"torch.float16 of shape \(2, 3, 5\)"),
+        (lambda x: x.long(), r"torch.int64 of shape \(2, 3, 5\)"),
+    ],
+)
+def test_a_file_of_another_shape_or_type_is_not_taken(tmp_path, change, told):
+    cache = cached(Reader(), tmp_path)
+    ids = torch.arange(6).view(2, 3)
+    whole = cache(ids)
+    (file,) = tmp_path.iterdir()
+    save_file({"activations": change(whole).contiguous()}, file)
+    expected = rf"^cache_dir: .* holds {told} instead of .*float32 of shape \(2, 3, 5\); delete it,"
+    with pytest.raises(ValueError, match=expected) as caught:
+        cache(ids)
+    assert str(file) in str(caught.value)
+
+
+def test_a_residual_stream_wider_than_the_model_s_type_is_taken(tmp_path):
+    reader = Reader()
+    ids = torch.arange(6).view(2, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = ActivationCache(reader, tmp_path, CPU, lambda ids: (*ids.shape, 5), dtype)
+        assert cache(ids).dtype == torch.float32
+    assert reader.calls == 1
+
+
 @pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch, error):
     def full(_tensors, file):
@@ -82,7 +117,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch, er
     with pytest.raises(
         ValueError, match=r"^cache_dir: cannot write '.*': No space left on device$"
     ):
-        ActivationCache(Reader(), tmp_path, CPU)(torch.zeros(1, 2).long())
+        cached(Reader(), tmp_path)(torch.zeros(1, 2).long())
     assert not list(tmp_path.iterdir())
 
 
@@ -95,7 +130,7 @@ def test_a_file_is_given_its_name_when_complete(tmp_path, monkeypatch):
         assert [other.suffix for other in tmp_path.iterdir()] == [".tmp"]
 
     monkeypatch.setattr("safetensors.torch.save_file", save)
-    ActivationCache(Reader(), tmp_path, CPU)(torch.zeros(1, 2).long())
+    cached(Reader(), tmp_path)(torch.zeros(1, 2).long())
     (file,) = tmp_path.iterdir()
     assert file.suffix == ".safetensors"
     assert [file.stat().st_ino] == written  # renamed, not copied

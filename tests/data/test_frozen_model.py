@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data.language_model import LanguageModel
 from tests.data.tiny import D_MODEL
 
@@ -82,6 +84,19 @@ def test_cached_activations_are_told_apart_by_model_layer_and_dtype(model_folder
     assert len(folders) == 4
     assert all(len(list((tmp_path / "cache" / name).iterdir())) == 1 for name in folders)
     assert any(name.startswith(f"{model_folder.name}-layer-1-float32-") for name in folders)
+
+
+@pytest.mark.parametrize("changed", [lambda x: x.double(), lambda x: x[:, :2].contiguous()])
+def test_a_cached_file_that_the_model_cannot_have_written_is_refused(
+    model_folder, tmp_path, changed
+):
+    read = frozen_model(model_folder).reader(CPU, str(tmp_path))
+    ids = torch.zeros(2, 3).long()
+    activations = read(ids)
+    (file,) = tmp_path.rglob("*.safetensors")
+    save_file({"activations": changed(activations)}, file)
+    with pytest.raises(UsageError, match=rf"^cache_dir: {file} holds .* \(2, 3, {D_MODEL}\);"):
+        read(ids)
 
 
 @pytest.mark.parametrize(
