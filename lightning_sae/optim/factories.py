@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,7 +30,12 @@ def optimizer_and_schedule(
         make_schedule: Makes the schedule. Default: the learning rate falls linearly to zero over
             the run, or stays as it is if the run has no set number of steps.
         steps: Optimizer steps of the run; infinite if it has no set number.
+
+    Raises:
+        ValueError: If the schedule does not take its settings, or `eps` is too small for the
+            parameters' type.
     """
+    _require_eps_in_range(optimizer)
     if make_schedule is not None:
         with in_terms_of("lr_scheduler", ValueError, ZeroDivisionError):
             schedule = make_schedule(optimizer)
@@ -39,6 +45,19 @@ def optimizer_and_schedule(
     else:
         return optimizer
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _require_eps_in_range(optimizer: Optimizer) -> None:
+    """Refuse an `eps` that bounds no step, since it is 0 as a number of the parameters' type."""
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            if isinstance(eps, float) and eps > 0 and torch.tensor(eps, dtype=dtype) == 0:
+                kind, name = type(optimizer).__name__, str(dtype).removeprefix("torch.")
+                raise UsageError(
+                    f"optimizer: {kind}'s eps={eps} is 0 in {name}, which the weights are in; "
+                    "set one of 1e-4, say, or the Trainer's precision to bf16-mixed"
+                )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_sae.checks import UsageError
+from lightning_sae.optim.chunked_adam import ChunkedAdam
 from lightning_sae.optim.factories import in_terms_of, optimizer_and_schedule
 
 
@@ -37,6 +38,26 @@ def test_a_schedule_that_torch_refuses_names_the_setting(optimizer):
 
     with pytest.raises(UsageError, match=r"^lr_scheduler: Constant multiplicative factor"):
         optimizer_and_schedule(optimizer, schedule, steps=4)
+
+
+@pytest.mark.parametrize("made", [torch.optim.Adam, torch.optim.NAdam, ChunkedAdam])
+def test_an_eps_that_is_0_in_the_type_of_the_weights_is_refused(made):
+    def configured(dtype: torch.dtype, **settings: float) -> object:
+        layer = nn.Linear(2, 2, dtype=dtype)
+        return optimizer_and_schedule(made(layer.parameters(), **settings), None, math.inf)
+
+    message = rf"^optimizer: {made.__name__}'s eps=1e-08 is 0 in float16, .* 1e-4, .* bf16-mixed$"
+    with pytest.raises(UsageError, match=message):
+        configured(torch.float16)
+    configured(torch.float16, eps=1e-4)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        configured(dtype)
+
+
+def test_optimizers_without_an_eps_or_with_several_are_taken():
+    layer = nn.Linear(2, 2, dtype=torch.float16)
+    for made in (torch.optim.SGD, torch.optim.Adafactor):
+        optimizer_and_schedule(made(layer.parameters()), None, math.inf)
 
 
 @pytest.mark.parametrize("error", [UsageError("told already"), KeyError("a bug")])
