@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, tensorboards
+from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, add_figures, empty_figure
 from lightning_sae.callbacks.held_out import HeldOutCallback
 from lightning_sae.checks import UsageError
 from lightning_sae.metrics import Correlation, next_token_losses
@@ -100,11 +100,12 @@ class AdaptiveComputationCallback(HeldOutCallback):
             if not value.isnan():
                 pl_module.log(f"{stage}/l0_correlation_{name}", value, sync_dist=True)
         matches, surprise = torch.cat([torch.empty(2, 0), *self._drawn], dim=1)
-        for board in tensorboards(trainer) if len(matches) else []:
-            by_surprise = plot_matches_by_loss(matches, surprise)
-            histogram = plot_matches_per_token(matches)
-            board.add_figure(f"{stage}/matches_by_surprise", by_surprise, trainer.global_step)
-            board.add_figure(f"{stage}/matches_per_token", histogram, trainer.global_step)
+        figures = {
+            f"{stage}/matches_by_surprise": lambda: plot_matches_by_loss(matches, surprise),
+            f"{stage}/matches_per_token": lambda: plot_matches_per_token(matches),
+        }
+        if len(matches):
+            add_figures(trainer, figures)
 
 
 def _losses(residual_stream: ResidualStream, input_ids: Tensor, states: Tensor | None) -> Tensor:

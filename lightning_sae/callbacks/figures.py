@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, empty_figure, tensorboards
+from lightning_sae.callbacks.drawing import (
+    DARK,
+    LIGHT,
+    MEDIUM,
+    add_figures,
+    empty_figure,
+    tensorboards,
+)
 from lightning_sae.checks import UsageError
 from lightning_sae.parallel import ranks_of
 from lightning_sae.zipf import ZipfFitError, fit_zipf
@@ -128,14 +135,14 @@ def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str)
     tokens = int(ranks_of(trainer).all_reduce(counted))
     if tokens == 0:
         return
-    step = trainer.global_step
-    for board in tensorboards(trainer):
-        histogram = plot_density_histogram(density, tokens)
-        board.add_figure(f"{stage}/density_histogram", histogram, step)
-        board.add_figure(f"{stage}/density_by_rank", plot_rank_density(density, tokens), step)
-        live = density[density > 0]
-        if len(live):
-            board.add_histogram(f"{stage}/log10_density", live.log10(), step, bins=60)
+    figures = {
+        f"{stage}/density_histogram": lambda: plot_density_histogram(density, tokens),
+        f"{stage}/density_by_rank": lambda: plot_rank_density(density, tokens),
+    }
+    add_figures(trainer, figures)
+    logs = density[density > 0].log10()
+    for board in tensorboards(trainer) if len(logs) else []:
+        board.add_histogram(f"{stage}/log10_density", logs, trainer.global_step, bins=60)
 
 
 def _live(density: Tensor, tokens: int) -> Tensor:
