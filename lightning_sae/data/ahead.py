@@ -18,12 +18,16 @@ def read_ahead(
 ) -> Iterator[tuple[Item, Tensor]]:
     """Yield each item with what is read of it, while a thread reads the next one, and no more.
 
+    The caller reads the first one, which it would wait for anyway: a signal can stop it at once,
+    also where a model is loaded for it, and would have to wait for a thread.
+
     The thread is gone when the iterator is closed, as soon as a reading that was begun has ended. A
     program that ends with an open iterator waits for all of it.
 
     Args:
         items: Asked for the next one when the one before is due, in the caller's thread.
-        read: Called in the thread. It may return anything once the event is set.
+        read: Called in the thread, for the first item by the caller. It may return anything once
+            the event is set.
 
     Raises:
         Exception: Whatever `items` and `read` raise, when the item's turn has come.
@@ -49,9 +53,14 @@ def read_ahead(
             failed.set_exception(error)
             return failed
 
+    first = next(((item, read(item, closing)) for item in items), None)
+    if first is None:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as pool:
         try:
             upcoming = begin()
+            yield first
+            del first
             while upcoming is not None:
                 current = upcoming  # which lets go of the one before
                 upcoming = begin()

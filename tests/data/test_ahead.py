@@ -42,6 +42,18 @@ def test_the_next_one_is_read_while_this_one_is_in_use_but_not_the_one_after():
     ahead.close()
 
 
+def test_the_caller_reads_what_it_waits_for_and_a_thread_the_rest():
+    readers: list[str] = []
+
+    def read(item: int, closing: threading.Event) -> Tensor:
+        readers.append(threading.current_thread().name)
+        return tens(item, closing)
+
+    assert len(list(read_ahead(iter(range(3)), read))) == 3
+    assert readers[0] == threading.current_thread().name
+    assert all(name.startswith("read_ahead") for name in readers[1:])
+
+
 def test_a_mistake_is_told_when_its_turn_comes():
     def items():
         yield 0

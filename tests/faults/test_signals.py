@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_sae import SparseAutoencoder
 from lightning_sae.callbacks import stop_on_signal as signals
 from lightning_sae.cli import main
+from lightning_sae.data import LanguageModel
 from tests.faults.runs import arguments, command, curves, processes, same, state
 
 # Lightning remarks on settings that a six-step run must have.
@@ -115,6 +116,25 @@ def test_before_the_first_step_there_is_nothing_to_save(sent, text, tmp_path, mo
     with pytest.raises(SystemExit) as exit_:
         main(arguments(data__text=text))
     assert exit_.value.code == sent[1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sent", [TERM, INT])
+def test_nobody_waits_for_a_model_that_is_being_loaded(sent, text, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(self: LanguageModel) -> Any:
+        os.kill(os.getpid(), sent[0])
+        time.sleep(2)
+        loaded.append(self)
+        return original(self)
+
+    original = LanguageModel.load
+    monkeypatch.setattr(LanguageModel, "load", load)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments(data__text=text))
+    assert exit_.value.code == sent[1]
+    assert not loaded
     assert not list(tmp_path.iterdir())
 
 
