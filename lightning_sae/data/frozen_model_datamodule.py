@@ -263,9 +263,10 @@ class FrozenModelDataModule(KeepsPlace, ABC):
     def _held_out_batches(self, stage: str, tokens: int) -> HeldOutBatches:
         inputs, ranks = self._held_out_inputs[stage], ranks_of(self.trainer)
         if len(inputs) < ranks.size:
+            who = f"{ranks.size} devices need one each" if ranks.size > 1 else "and needs one"
             raise UsageError(
                 f"{stage}_tokens={tokens}: {self.source} has {len(inputs)} held-out {self.noun} "
-                f"for it, {ranks.size} devices need one each"
+                f"for it, {who}"
             )
         return HeldOutBatches(
             inputs=stacked(inputs, self.source, self.noun),

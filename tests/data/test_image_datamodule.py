@@ -159,7 +159,7 @@ def test_arguments_out_of_range(make_images, changed, message):
 def test_mistakes_found_when_needed(make_images):
     with pytest.raises(ValueError, match=r"^validation_tokens=8 must be at least 9$"):
         make_images(validation_tokens=8).val_dataloader()
-    message = r"^test_tokens=63: images='.*' has 0 held-out images for it, 1 devices need one each$"
+    message = r"^test_tokens=63: images='.*' has 0 held-out images for it, and needs one$"
     with pytest.raises(ValueError, match=message):
         make_images(test_tokens=63, held_out_images=10).test_dataloader()
     message = r"^images='.*' gives only 40 images to train on; one batch needs 41$"

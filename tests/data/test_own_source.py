@@ -115,7 +115,7 @@ def test_mistakes_name_the_source_and_what_it_has(model_folder, kind):
     with pytest.raises(ValueError, match=message):
         list(few.train_dataloader())
     many = kind(str(model_folder), **{**SMALL, "validation_tokens": 20 * LENGTH})
-    message = r"^test_tokens=80: table='rows' has 0 held-out rows for it, 1 devices need one each$"
+    message = r"^test_tokens=80: table='rows' has 0 held-out rows for it, and needs one$"
     with pytest.raises(ValueError, match=message):
         many.test_dataloader()
     short = kind(str(model_folder), **{**SMALL, "test_tokens": LENGTH - 1})
