@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class AblatedLosses(NamedTuple):
 
 
 _TOTALS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
+LEAST_COST: Final = 0.01
+"""Nats a token by which an ablation has to change the loss for a share of it to mean something."""
 
 
 class LossRecovered(TotalsMetric):
@@ -35,7 +37,8 @@ class LossRecovered(TotalsMetric):
     the reconstruction spliced in, and with the activation ablated to zero or to its mean. 1 means
     that nothing was lost, 0 that the ablation does as well. In a residual stream, zeros destroy the
     model and nearly everything scores close to 1 against them: the mean, or the plain difference
-    `delta_ce`, tells dictionaries apart.
+    `delta_ce`, tells dictionaries apart. Where an ablation changes the loss by less than 0.01
+    nats a token there is nothing to recover, and the share is NaN: it would be anything.
 
     Only kept positions are edited, and only they are scored: the activation of position t counts
     with the prediction of token t + 1, whatever that token is. The last position of a context is
@@ -216,11 +219,15 @@ def _loss_recovered_compute(totals: dict[str, Tensor], tokens: Tensor) -> dict[s
     clean, spliced = totals["ce_clean"], totals["ce_spliced"]
     zero, mean = totals["ce_zero"], totals["ce_mean"]
     return {
-        "loss_recovered_zero": ratio(zero - spliced, zero - clean),
-        "loss_recovered_mean": ratio(mean - spliced, mean - clean),
+        "loss_recovered_zero": _share_recovered(zero - spliced, zero - clean, tokens),
+        "loss_recovered_mean": _share_recovered(mean - spliced, mean - clean, tokens),
         "delta_ce": ratio(spliced - clean, tokens),
         "kl": ratio(totals["kl"], tokens),
     } | {name: ratio(totals[name], tokens) for name in _TOTALS if name != "kl"}
+
+
+def _share_recovered(recovered: Tensor, cost: Tensor, tokens: Tensor) -> Tensor:
+    return ratio(recovered, cost).where(cost.abs() >= LEAST_COST * tokens, torch.nan)
 
 
 def _kept_and_scored(

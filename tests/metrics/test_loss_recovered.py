@@ -242,7 +242,7 @@ def test_no_gradient_is_kept_even_by_forward(stream):
 
 
 def test_in_one_collection_with_other_metrics(stream):
-    input_ids, kept = contexts(2)
+    input_ids, kept = contexts(5)
     collection = MetricCollection({"l0": L0(), "loss": LossRecovered()}, prefix="val/")
     contexts_part = {"input_ids": input_ids, "kept": kept, "mean": MEAN}
     collection.update(
@@ -282,3 +282,22 @@ def test_two_ranks_equal_one(stream, cut):
     for values in run_on_two(value_of_rank, [batches[:cut], batches[cut:]]):
         for name, value in values.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=0, msg=name)
+
+
+def test_where_ablation_costs_nothing_there_is_nothing_to_recover():
+    """Else it would be a thousand or minus twenty, by what rounding made of the ablation."""
+    input_ids, kept = contexts(3)
+    clean = torch.randn(*input_ids.shape, 16, generator=torch.Generator().manual_seed(0))
+    right = torch.nn.functional.one_hot(input_ids.roll(-1, 1) % 16, 16).float()
+    ids = input_ids % 16
+    shares = {}
+    for worse in (-0.005, 1e-5, 0.005, 0.1):  # logits of the right token, and about as many nats
+        ablated = clean - worse * right
+        found = loss_recovered(
+            ids, kept, clean=clean, spliced=clean - 0.01 * right, zero=ablated, mean=clean - right
+        )
+        shares[worse] = found["loss_recovered_zero"].item()
+        assert 0.9 < found["loss_recovered_mean"] < 1
+        assert found["delta_ce"] > 0
+    assert all(math.isnan(shares[worse]) for worse in (-0.005, 1e-5, 0.005))
+    assert shares[0.1] == pytest.approx(0.9, abs=0.01)
