@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sae.checks import UsageError
-from lightning_sae.data.files import by_split, format_of, load_files
+from lightning_sae.data.files import by_split, format_of, load_files, not_in_utf8
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -117,6 +118,7 @@ def _load(
     from datasets.exceptions import DatasetsError
 
     where, files = _where(modality, called, path)
+    local = None
     try:
         if isinstance(where, Path):
             local = _local(modality, called, where, config)
@@ -138,6 +140,10 @@ def _load(
         if isinstance(cause, SchemaInferenceError | StopIteration):  # what an empty file raises
             raise _nothing(modality, called) from error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        if isinstance(cause, UnicodeDecodeError) and local is not None:
+            every = itertools.chain(*local.values())
+            texts = (f for f in every if format_of(f, modality.builders) in ("text", "json"))
+            reason = f"{not_in_utf8(texts)}: {reason}"
         raise UsageError(f"{called} cannot be read: {reason}") from error
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sae.checks import UsageError
 
-__all__ = ["by_split", "format_of", "load_files"]
+__all__ = ["by_split", "format_of", "load_files", "not_in_utf8"]
 
 COMPRESSIONS: Final = (".gz", ".bz2", ".lz4", ".xz", ".zip", ".zst")
 """Endings of the compressed files that `datasets` opens."""
@@ -118,6 +118,20 @@ def load_files(
         ]
         opened[split] = concatenate_datasets(parts)
     return opened
+
+
+def not_in_utf8(files: Iterable[Path]) -> Path | None:
+    """Return the first of these text files, compressed or not, that is in another encoding."""
+    import fsspec  # which `datasets` opens files with
+
+    for file in files:
+        try:
+            with fsspec.open(str(file), "rt", encoding="utf-8", compression="infer") as content:
+                while content.read(2**20):
+                    pass
+        except UnicodeDecodeError:
+            return file
+    return None
 
 
 def _split_named(place: Path, *, exactly: bool) -> str | None:

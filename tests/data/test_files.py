@@ -190,6 +190,19 @@ def test_text_in_another_encoding(tmp_path, name, streaming):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["b.txt", "b.txt.gz", "b.jsonl", "b.json"])
+def test_the_file_in_another_encoding_is_named(tmp_path, name):
+    for other in ("a.txt", "c.txt"):
+        (tmp_path / other).write_text("ka\n\nto \u00e9\n", encoding="utf-8")
+    content = '[{"text": "d\u00e9j\u00e0"}]' if name == "b.json" else '{"text": "d\u00e9j\u00e0"}\n'
+    encoded = content.encode("latin-1")
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(encoded) if name.endswith("gz") else encoded)
+    message = rf"^text='{tmp_path}' cannot be read: {file}: 'utf-8' codec can't decode byte 0xe9"
+    with pytest.raises(ValueError, match=message):
+        of_text(tmp_path, streaming=False)
+
+
 def of_text(file, streaming):
     return load_documents(str(file), streaming=streaming, **DEFAULTS)[0], "text"
 
