@@ -1,5 +1,6 @@
 """A run that goes on and on: memory and open files stay where they are, and counts are exact."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -7,15 +8,22 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.metric_sync import resident
-from lightning_sae import MutualChoiceSAE, TopKSAE
+from lightning_sae import ActivationDataModule, MutualChoiceSAE, TopKSAE
+from lightning_sae.callbacks import (
+    AdaptiveComputationCallback,
+    FeatureDensityFigures,
+    LossRecoveredCallback,
+)
 from lightning_sae.matches import Matches
 from lightning_sae.metrics import FeatureDensity
 from lightning_sae.parallel import Ranks
+from lightning_sae.quickstart import TEXT
 from tests.helpers.superposition import superposition
 
 D_MODEL, TOKENS, BATCHES = 8, 32, 16
@@ -77,6 +85,66 @@ def test_a_hundred_thousand_steps(tmp_path: Path):
     warm = resources.memory[4]
     assert max(resources.memory[5:]) < 1.02 * warm, resources.memory
     assert len(set(resources.files[5:])) == 1, resources.files
+
+
+class Kept(pl.Callback):
+    """Notes what is there after every validation: memory, in bytes, tensors and figures."""
+
+    def __init__(self) -> None:
+        self.memory: list[int] = []
+        self.tensors: list[tuple[int, int]] = []  # their number, and their bytes
+        self.figures: list[int] = []
+
+    def on_validation_end(self, *_):
+        kinds = [(type(each), each) for each in gc.get_objects()]
+        self.figures.append(sum(kind is Figure for kind, _ in kinds))
+        del kinds
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
+        self.tensors.append((len(tensors), sum(each.nbytes for each in tensors)))
+        self.memory.append(resident())
+
+
+@pytest.mark.slow
+def test_fifty_validations_keep_nothing(tmp_path: Path):
+    """Of a language model's held-out text, with all callbacks of the shipped configurations."""
+    data = ActivationDataModule(
+        model_name="quickstart",
+        layer=2,
+        text=str(TEXT / "validation.parquet"),
+        held_out_documents=40,
+        batch_size=256,
+        batches_per_block=4,
+        validation_tokens=512,
+        test_tokens=128,
+    )
+    kept = Kept()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=100,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=2,
+        num_sanity_val_steps=0,
+        logger=TensorBoardLogger(tmp_path),
+        callbacks=[
+            FeatureDensityFigures(),
+            LossRecoveredCallback(512),
+            AdaptiveComputationCallback(512),
+            ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2),
+            kept,
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(MutualChoiceSAE(256, 128, 4), data)
+    assert len(kept.memory) == 50
+    assert set(kept.figures) == {0}, kept.figures
+    numbers, sizes = zip(*kept.tensors[1:], strict=True)
+    assert len(set(numbers)) == 1, numbers
+    assert max(sizes) - min(sizes) < 1000, sizes
+    early, late = kept.memory[10:20], kept.memory[-10:]
+    assert sorted(late)[5] < 1.05 * sorted(early)[5], kept.memory
 
 
 PRECISIONS = ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"]
