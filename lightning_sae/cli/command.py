@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -18,6 +19,7 @@ from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line_errors, refusals
+from lightning_sae.cli.from_checkpoint import with_its_settings
 from lightning_sae.cli.noise import silence_noise
 from lightning_sae.cli.parser import ConfigFile, Parser
 from lightning_sae.cli.run_folders import own_folders
@@ -99,6 +101,10 @@ class SparseAutoencoderCLI(LightningCLI):
         """Parse, and refuse what would be ignored or found out too late."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        if self.config.subcommand != "fit" and not isinstance(args, dict | Namespace):
+            given = sys.argv[1:] if args is None else args
+            self.config = parser.parse_args(with_its_settings(given, config))
+            config = self.config[self.config.subcommand]
         width = config.model.get("init_args", {}).get("d_model")
         if width is not None:
             parser.error(f"model.d_model={width}: leave it out, it is the language model's")

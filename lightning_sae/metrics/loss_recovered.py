@@ -217,17 +217,17 @@ def loss_recovered(
 
 def _loss_recovered_compute(totals: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     clean, spliced = totals["ce_clean"], totals["ce_spliced"]
-    zero, mean = totals["ce_zero"], totals["ce_mean"]
+
+    def share(ablated: Tensor) -> Tensor:
+        means_something = (ablated - clean).abs() >= LEAST_COST * tokens
+        return ratio(ablated - spliced, ablated - clean).where(means_something, torch.nan)
+
     return {
-        "loss_recovered_zero": _share_recovered(zero - spliced, zero - clean, tokens),
-        "loss_recovered_mean": _share_recovered(mean - spliced, mean - clean, tokens),
+        "loss_recovered_zero": share(totals["ce_zero"]),
+        "loss_recovered_mean": share(totals["ce_mean"]),
         "delta_ce": ratio(spliced - clean, tokens),
         "kl": ratio(totals["kl"], tokens),
     } | {name: ratio(totals[name], tokens) for name in _TOTALS if name != "kl"}
-
-
-def _share_recovered(recovered: Tensor, cost: Tensor, tokens: Tensor) -> Tensor:
-    return ratio(recovered, cost).where(cost.abs() >= LEAST_COST * tokens, torch.nan)
 
 
 def _kept_and_scored(

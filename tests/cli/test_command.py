@@ -1,5 +1,6 @@
 """The command line as a user meets it: the shipped configurations, run for a few steps."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,25 @@ def test_the_curves_are_there(tmp_path: Path):
     steps = [event.step for event in events.Scalars("val/fvu")]
     assert steps == [1, 3]  # Lightning counts from zero
     assert [event.value for event in events.Scalars("train/tokens")] == [512, 1024, 1536, 2048]
+
+
+def test_a_checkpoint_is_measured_with_what_it_was_trained_with(tmp_path: Path, capsys):
+    """What packaged configurations say gives way, what the user says is told if it is other."""
+    trained = {"model__k": "5", "model__n_features": "300", "data__layer": "1"}
+    main(arguments("fit", "topk.yaml", **trained))
+    checkpoint = str(tmp_path / "runs/topk/version_0/checkpoints/last.ckpt")
+    small = {key: value for key, value in SMALL.items() if key != "model.n_features"}
+    line = ["test", "--config", "topk.yaml", *(f"--{key}={value}" for key, value in small.items())]
+    capsys.readouterr()
+    main([*line, f"--ckpt_path={checkpoint}"])
+    assert re.search(r"^l0 +5\b", capsys.readouterr().out, re.MULTILINE)
+    for option, message in {
+        "--model.k=6": "k=6: the SAE in the checkpoint was trained with k=5",
+        "--data.layer=2": "layer=2: the checkpoint was trained on 1",
+        "--model.n_features=400": "holds TopKSAE.*n_features=300.*asks for .*n_features=400",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main([*line, f"--ckpt_path={checkpoint}", option])
 
 
 def test_another_k_than_the_checkpoint_s_is_told(tmp_path: Path):

@@ -1,0 +1,76 @@
+"""Where in a command line the settings of a checkpoint go, and which they are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+
+from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH
+from lightning_sae.cli.from_checkpoint import with_its_settings
+
+STATE = {
+    KEY: FORMAT,
+    "architecture": "TopKSAE",
+    "hyper_parameters": {"d_model": 8, "n_features": 32, "k": 99},
+    TRAINED_WITH: {"k": 4, "importance": "affinity"},
+    "state_dict": {},
+    "ActivationDataModule": {
+        "activations": {"model_name": "m", "weights": "ab", "layer": 0, "model_dtype": "float32"}
+    },
+}
+OF_MODEL = ["--model.n_features=32", "--model.k=4", "--model.importance=affinity"]
+OF_DATA = ["--data.model_name=m", "--data.layer=0", "--data.model_dtype=float32"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    torch.save(STATE, "trained.ckpt")
+    return tmp_path / "trained.ckpt"
+
+
+def config(path: Any, model: str = "TopKSAE", data: str = "ActivationDataModule") -> Namespace:
+    return Namespace(
+        ckpt_path=str(path),
+        model=Namespace(class_path=f"lightning_sae.{model}"),
+        data=Namespace(class_path=f"lightning_sae.{data}"),
+    )
+
+
+@pytest.mark.parametrize("packaged", [["--config", "topk.yaml"], ["--config=topk.yaml"]])
+def test_they_come_after_the_last_packaged_configuration(packaged: list[str], checkpoint: Path):
+    Path("mine.yaml").touch()
+    before, after = ["test", *packaged], ["-c", "mine.yaml", "--model.k=5"]
+    found = with_its_settings([*before, *after], config(checkpoint))
+    assert found == [*before, *OF_MODEL, *OF_DATA, *after]
+    overlay = ["--config", "models/gpt2_small.yaml"]
+    found = with_its_settings([*before, *overlay, *after], config(checkpoint))
+    assert found == [*before, *overlay, *OF_MODEL, *OF_DATA, *after]
+
+
+def test_a_user_s_own_configuration_is_all_the_user_s(checkpoint: Path):
+    Path("topk.yaml").touch()  # of the same name as one that ships
+    line = ["test", "--config", "topk.yaml"]
+    assert with_its_settings(line, config(checkpoint)) == line
+
+
+def test_other_classes_are_left_to_be_refused(checkpoint: Path):
+    line = ["test", "--config", "topk.yaml"]
+    assert with_its_settings(line, config(checkpoint, model="StandardSAE")) == [*line, *OF_DATA]
+    of_images = config(checkpoint, data="ImageActivationDataModule")
+    assert with_its_settings(line, of_images) == [*line, *OF_MODEL]
+
+
+@pytest.mark.parametrize("path", ["absent.ckpt", "broken.ckpt", ""])
+def test_what_is_no_checkpoint_is_told_later(path: str, checkpoint: Path):
+    Path("broken.ckpt").write_text("nothing")
+    line = ["test", "--config", "topk.yaml"]
+    assert with_its_settings(line, config(path)) == line
+
+
+def test_what_an_earlier_version_did_not_note_is_not_guessed(checkpoint: Path):
+    torch.save({"architecture": "TopKSAE", "state_dict": {}}, checkpoint)
+    line = ["test", "--config", "topk.yaml"]
+    assert with_its_settings(line, config(checkpoint)) == line
