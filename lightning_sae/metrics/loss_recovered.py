@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.metrics.base import TotalsMetric
-from lightning_sae.metrics.next_token_losses import next_token_losses
+from lightning_sae.metrics.runs import Runs, cross_entropy, kept_and_scored
 from lightning_sae.numerics import ratio, widest_float
 from lightning_sae.residual_stream import ResidualStream
 
@@ -113,18 +112,18 @@ class LossRecovered(TotalsMetric):
             ValueError: If a shape is not as above, kept is not boolean, or the model does not
                 predict tokens from those before them alone.
         """
-        kept, scored = _kept_and_scored(input_ids, kept, attention_mask)
+        kept, scored = kept_and_scored(input_ids, kept, attention_mask)
         if not scored.any():
             return
         if not getattr(residual_stream, "is_causal_language_model", True):
             name = type(residual_stream.model).__name__
             raise UsageError(f"{name} does not predict tokens from those before them alone")
-        run = _Runs(residual_stream, input_ids, kept, attention_mask, states)
+        run = Runs(residual_stream, input_ids, kept, attention_mask, states)
         clean = run(lambda x: x)
         spliced = run(reconstruct)
         kl = _divergence(clean, spliced, scored)
-        ce_clean = _cross_entropy(clean, input_ids, scored)
-        ce_spliced = _cross_entropy(spliced, input_ids, scored)
+        ce_clean = cross_entropy(clean, input_ids, scored)
+        ce_spliced = cross_entropy(spliced, input_ids, scored)
         del clean, spliced  # before the next logits
         if ablated is None:
             known = {"attention_mask": attention_mask, "states": states}
@@ -170,11 +169,11 @@ def ablated_losses(
     Raises:
         ValueError: If a shape is not as above, or kept is not boolean.
     """
-    kept, scored = _kept_and_scored(input_ids, kept, attention_mask)
-    run = _Runs(residual_stream, input_ids, kept, attention_mask, states)
+    kept, scored = kept_and_scored(input_ids, kept, attention_mask)
+    run = Runs(residual_stream, input_ids, kept, attention_mask, states)
     return AblatedLosses(
-        zero=_cross_entropy(run(torch.zeros_like), input_ids, scored),
-        mean=_cross_entropy(run(lambda x: _rows_of(mean, like=x)), input_ids, scored),
+        zero=cross_entropy(run(torch.zeros_like), input_ids, scored),
+        mean=cross_entropy(run(lambda x: _rows_of(mean, like=x)), input_ids, scored),
     )
 
 
@@ -208,9 +207,9 @@ def loss_recovered(
         >>> values["loss_recovered_zero"], values["loss_recovered_mean"]
         (tensor(0.9549), tensor(0.7202))
     """
-    _, scored = _kept_and_scored(input_ids, kept)
+    _, scored = kept_and_scored(input_ids, kept)
     logits = {"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_mean": mean}
-    totals = {name: _cross_entropy(each, input_ids, scored) for name, each in logits.items()}
+    totals = {name: cross_entropy(each, input_ids, scored) for name, each in logits.items()}
     totals["kl"] = _divergence(clean, spliced, scored)
     return _loss_recovered_compute(totals, scored.sum())
 
@@ -230,68 +229,12 @@ def _loss_recovered_compute(totals: dict[str, Tensor], tokens: Tensor) -> dict[s
     } | {name: ratio(totals[name], tokens) for name in _TOTALS if name != "kl"}
 
 
-def _kept_and_scored(
-    input_ids: Tensor, kept: Tensor, attention_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return which positions are edited and which of them are scored."""
-    if input_ids.dim() != 2 or kept.shape != input_ids.shape or kept.dtype != torch.bool:
-        raise UsageError(
-            f"kept of shape {tuple(kept.shape)} and {kept.dtype}, input_ids of shape "
-            f"{tuple(input_ids.shape)}: both must be (contexts, length), and kept torch.bool"
-        )
-    if attention_mask is not None:
-        kept = kept & (attention_mask != 0)
-    scored = kept.clone()
-    scored[:, -1] = False  # no next token to predict
-    if attention_mask is not None:
-        scored[:, :-1] &= attention_mask[:, 1:] != 0
-    return kept, scored
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """The model on a batch of contexts, with one thing or another in place of the activations."""
-
-    residual_stream: ResidualStream
-    input_ids: Tensor
-    kept: Tensor
-    attention_mask: Tensor | None
-    states: Tensor | None
-
-    def __call__(self, replacement: Callable[[Tensor], Tensor]) -> Tensor:
-        known = {"attention_mask": self.attention_mask, "states": self.states}
-        known = {name: value for name, value in known.items() if value is not None}
-        edit = _edit(self.kept, replacement)
-        return self.residual_stream.replace(self.input_ids, edit, **known)
-
-
-def _edit(kept: Tensor, replacement: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def edit(x: Tensor) -> Tensor:  # (contexts, length, d_model)
-        old = x[kept]  # (tokens, d_model)
-        new = replacement(old)
-        if new.shape != old.shape:
-            raise UsageError(
-                f"reconstruct returned shape {tuple(new.shape)} for activations of shape "
-                f"{tuple(old.shape)}: it must keep the shape"
-            )
-        edited = x.clone()
-        edited[kept] = new.to(x.dtype)
-        return edited
-
-    return edit
-
-
 def _rows_of(mean: Tensor, *, like: Tensor) -> Tensor:
     if mean.shape != like.shape[-1:]:
         raise UsageError(
             f"mean of shape {tuple(mean.shape)}: activations need (d_model={like.shape[-1]},)"
         )
     return mean.to(like).expand_as(like)
-
-
-def _cross_entropy(logits: Tensor, input_ids: Tensor, scored: Tensor) -> Tensor:
-    losses = next_token_losses(logits, input_ids)  # (contexts, length - 1)
-    return losses[scored[:, :-1]].sum(dtype=widest_float(logits.device))
 
 
 def _divergence(clean: Tensor, spliced: Tensor, scored: Tensor) -> Tensor:
