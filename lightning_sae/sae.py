@@ -159,7 +159,8 @@ class SparseAutoencoder(CheckpointedAutoencoder):
         """Start from the same weights in all groups of devices that share out the features."""
         super().on_fit_start()
         start_alike(self, self.layout)
-        average_weights_only(self.trainer, self)
+        if self._trainer is not None:
+            average_weights_only(self._trainer, self)
 
     def on_after_backward(self) -> None:
         """Average gradients over groups of devices that share out the features."""

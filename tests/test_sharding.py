@@ -42,16 +42,31 @@ from tests.helpers.superposition import superposition
 
 STEPS, TOKENS, FEATURES = 40, 128, 49  # features that two processes cannot share equally
 
+# By affinity unless they say otherwise: by token_norm zero tokens of this data tie, and rounding,
+# which depends on the shape of a product, would decide which of them come first.
 CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "topk": lambda: TopKSAE(8, FEATURES, 3, multi_k_coefficient=0.1, dead_after_tokens=TOKENS),
-    "mutual": lambda: MutualChoiceSAE(8, FEATURES, 3, dead_after_tokens=2 * TOKENS),
+    "mutual": lambda: MutualChoiceSAE(
+        8, FEATURES, 3, dead_after_tokens=2 * TOKENS, importance="affinity"
+    ),
     "mutual by token norm": lambda: MutualChoiceSAE(8, FEATURES, 3, importance="token_norm"),
     "mutual by gain": lambda: MutualChoiceSAE(8, FEATURES, 3, importance="gain"),
     "feature, from the start": lambda: FeatureChoiceSAE(
-        8, FEATURES, 3, mutual_choice_share=0, min_matches=0.1, dead_after_tokens=TOKENS
+        8,
+        FEATURES,
+        3,
+        mutual_choice_share=0,
+        min_matches=0.1,
+        dead_after_tokens=TOKENS,
+        importance="affinity",
     ),
     "feature, both phases": lambda: FeatureChoiceSAE(
-        8, FEATURES, 3, mutual_choice_tokens=30 * TOKENS, dead_after_tokens=2 * TOKENS
+        8,
+        FEATURES,
+        3,
+        mutual_choice_tokens=30 * TOKENS,
+        dead_after_tokens=2 * TOKENS,
+        importance="affinity",
     ),
     "standard": lambda: StandardSAE(8, FEATURES, 0.5, l1_warmup_tokens=20 * TOKENS),
 }

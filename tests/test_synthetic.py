@@ -13,14 +13,18 @@ from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, 
 
 D_MODEL, DIRECTIONS, N_FEATURES, K, TOKENS = 32, 64, 128, 4, 512
 LAW = {"zipf_exponent": 0.8, "zipf_offset": 4.0}
+BY = {"importance": "affinity"}  # the paper's way
 MAKE = {
     "topk": lambda: TopKSAE(D_MODEL, N_FEATURES, K, aux_coefficient=0),
-    "mutual": lambda: MutualChoiceSAE(D_MODEL, N_FEATURES, K, aux_coefficient=0),
+    "mutual": lambda: MutualChoiceSAE(D_MODEL, N_FEATURES, K, aux_coefficient=0, **BY),
     "uniform": lambda: FeatureChoiceSAE(
-        D_MODEL, N_FEATURES, K, budgets="uniform", mutual_choice_tokens=400 * TOKENS
+        D_MODEL, N_FEATURES, K, budgets="uniform", mutual_choice_tokens=400 * TOKENS, **BY
     ),
     "zipf": lambda: FeatureChoiceSAE(
-        D_MODEL, N_FEATURES, K, mutual_choice_tokens=400 * TOKENS, **LAW, dead_after_tokens=50_000
+        *(D_MODEL, N_FEATURES, K),
+        mutual_choice_tokens=400 * TOKENS,
+        dead_after_tokens=50_000,
+        **(LAW | BY),
     ),
 }
 

@@ -185,9 +185,9 @@ class ThresholdSAE(SparseAutoencoder):
         )
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse also thresholds that are not finite, but for those of an SAE not yet trained."""
+        """Refuse also thresholds that are not finite, unless no batch has set them: all NaN."""
         super().check_state(state)
-        if int(state.get("history.tokens_seen", self.history.tokens_seen)) > 0:
+        if "threshold" in state and not bool(state["threshold"].isnan().all()):
             require_finite(state, "threshold", least=0)
 
     def threshold_statistics(self) -> dict[str, Tensor]:

@@ -58,4 +58,5 @@ class LossRecoveredCallback(HeldOutCallback):
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Log what was measured."""
         for name, value in self._metric.to(pl_module.device).compute().items():
-            pl_module.log(f"{stage}/{name}", value, sync_dist=True)  # equal already: no warning
+            if not value.isnan():  # on all ranks or none, as it is equal: `sync_dist` says no more
+                pl_module.log(f"{stage}/{name}", value, sync_dist=True)

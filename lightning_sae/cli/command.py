@@ -19,7 +19,7 @@ from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line_errors, refusals
-from lightning_sae.cli.from_checkpoint import with_its_settings
+from lightning_sae.cli.from_checkpoint import tell_changes, with_its_settings
 from lightning_sae.cli.noise import silence_noise
 from lightning_sae.cli.parser import ConfigFile, Parser
 from lightning_sae.cli.run_folders import own_folders
@@ -104,7 +104,8 @@ class SparseAutoencoderCLI(LightningCLI):
         if self.config.subcommand != "fit" and not isinstance(args, dict | Namespace):
             given = sys.argv[1:] if args is None else args
             self.config = parser.parse_args(with_its_settings(given, config))
-            config = self.config[self.config.subcommand]
+            packaged, config = config, self.config[self.config.subcommand]
+            tell_changes(packaged, config)
         width = config.model.get("init_args", {}).get("d_model")
         if width is not None:
             parser.error(f"model.d_model={width}: leave it out, it is the language model's")

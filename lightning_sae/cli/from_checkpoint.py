@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_sae.checkpoint_format import TRAINED_WITH
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.parser import find_config
 
-__all__ = ["with_its_settings"]
+__all__ = ["tell_changes", "with_its_settings"]
 
 
 def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
     """Return a command line that measures a checkpoint with what it was trained with.
 
     Its number of features, k and importance, and the model, layer and dtype it read come after the
-    last packaged configuration, which they overrule, and before what else the user says, by which
-    they are overruled: then the checkpoint is refused. An earlier version's notes none of it.
+    packaged configurations that begin it, which they overrule, and before what the user says: if
+    that is other, the checkpoint is refused. An earlier version's notes none of it.
 
     Args:
         tokens: The command line.
@@ -37,22 +39,47 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
         arguments = {"n_features": found.get("hyper_parameters", {}).get("n_features")}
         settings += _as_options("model", arguments | found[TRAINED_WITH])
     activations = found.get(_class_of(config.data), {}).get("activations", {})
-    read = {name: value for name, value in activations.items() if name != "weights"}
+    taken = config.data.get("init_args", {})  # a class of the user's may be about one model only
+    read = {name: value for name, value in activations.items() if name in taken}
     settings += _as_options("data", read)
     return [*tokens[:place], *settings, *tokens[place:]]
 
 
+def tell_changes(packaged: Any, config: Any) -> None:
+    """Warn in one line of what is measured with other settings than packaged ones.
+
+    Args:
+        packaged: What the user's command line was parsed to, of its subcommand.
+        config: What it is with the settings of the checkpoint.
+    """
+    before, now = (dict(each.items()) for each in (packaged, config))
+    changed = [
+        f"{key.replace('.init_args', '')}={now[key]!r} (not {before[key]!r})"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key]
+    ]
+    if changed:
+        rank_zero_warn(f"Measured with what is in the checkpoint: {', '.join(changed)}")
+
+
 def _after_packaged(tokens: Sequence[str]) -> int:
-    """Return the place after the last configuration that ships with the package; 0 without one."""
+    """Return the place after the packaged configurations that the user begins with; 0 without one.
+
+    What comes after something of the user's own about the model or the data overrules that, and so
+    must not be overruled itself.
+    """
     last = 0
     for place, token in enumerate(tokens, start=1):
         key, given, name = token.partition("=")
+        if key.startswith(("--model", "--data")):
+            break
         if key not in ("-c", "--config"):
             continue
         end = place if given else place + 1
         name = name if given else "".join(tokens[place:end])
-        if not Path(name).is_file() and find_config(name) != name:
-            last = end
+        if Path(name).is_file() or find_config(name) == name:
+            break
+        last = end
     return last
 
 

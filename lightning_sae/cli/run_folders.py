@@ -92,11 +92,12 @@ def _named(trainer: pl.Trainer, subcommand: str) -> dict[Path, str]:
     for logger in _local_loggers(trainer):
         key = "trainer.logger.init_args.version"
         folders += [(_folder(logger), key), (logger.log_dir, key)]
-    if not trainer.loggers:
-        folders.append((trainer.default_root_dir, "trainer.default_root_dir"))
     for callback in _callbacks(trainer):
-        if subcommand == "fit" and isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            folders.append((callback.dirpath, "dirpath"))
+        if subcommand == "fit" and isinstance(callback, ModelCheckpoint):
+            if callback.dirpath:
+                folders.append((callback.dirpath, "dirpath"))
+            elif not trainer.loggers:
+                folders.append((trainer.default_root_dir, "trainer.default_root_dir"))
         if subcommand == "predict" and isinstance(callback, WriteMatches):
             folders.append((callback.output_dir, "output_dir"))
     return {Path(path).resolve(): key for path, key in folders if "://" not in str(path)}

@@ -20,6 +20,10 @@ MASSIVE: Final = 10.0
 """A token is massive that is more than so many times as far from the origin as is typical: the
 multiple of the median norm beyond which `dictionary_learning` leaves tokens out."""
 
+MOST_MASSIVE: Final = 1 / 8
+"""Share of tokens that can be massive. Attention sinks are one in a context or fewer; where most
+tokens are nearly alike, padding say, all others are far from their median."""
+
 _ITERATIONS: Final = 20
 """Of Weiszfeld's method: from a mean that a tenth of the tokens, 1,000 times as long as the others,
 has moved, six bring it back."""
@@ -29,7 +33,8 @@ def mean_and_variance(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Return the mean of the tokens that are not massive, and their mean squared distance from it.
 
     Massive are those more than `MASSIVE` times as far from the geometric median as the median
-    token. Where there are none, as in most samples, this is the mean of all.
+    token. Where there are none, as in most samples, this is the mean of all; and so it is where
+    they are more than a share of `MOST_MASSIVE`, and it is the others that are unlike most.
 
     Args:
         x: Activations of this rank, float32 or wider, shape (tokens, d_model).
@@ -41,8 +46,9 @@ def mean_and_variance(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """
     distance = (x - geometric_median(x, ranks)).norm(dim=1)
     typical = torch.cat(ranks.all_gather(distance)).median()
-    # Not "no farther than": what is NaN stays, to be seen.
-    x = x[~(distance > MASSIVE * typical)]
+    massive = distance > MASSIVE * typical  # which NaN is not, so that it is seen
+    few = ranks.average(massive.to(x).mean().unsqueeze(0), len(x)) <= MOST_MASSIVE
+    x = x[~(massive & few)]
     count = ranks.all_reduce(x.new_tensor(x.shape[0]))
     mean = ranks.all_reduce(x.sum(0)) / count
     return mean, ranks.all_reduce((x - mean).square().sum()) / count

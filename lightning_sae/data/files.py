@@ -160,17 +160,22 @@ def _look_into(file: Path, of_format: str, column: str) -> tuple[str, list[str]]
         return of_format, ["text" if of_format == "text" else "image"]
     import fsspec  # which `datasets` opens files with
 
+    found: dict[str, None] = {}  # the names, in their order
     with fsspec.open(str(file), "rt", encoding="utf-8-sig", compression="infer") as content:
-        line = ""
-        while line.isspace() or not line:
-            line = content.readline()
-            if not line:
+        for line in content:
+            if line.isspace():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                # Of what is no line of an object in the middle of others, the place is told later.
+                return (LINES, [column]) if found else ("json", [column])
+            found |= dict.fromkeys(record)
+            if column in found:  # often in the first
                 break
-        try:
-            first = json.loads(line)
-        except ValueError:
-            return "json", [column]
-    return (LINES, list(first)) if isinstance(first, dict) else ("json", [column])
+    return (LINES, list(found)) if found else ("json", [column])
 
 
 def _read(

@@ -21,7 +21,8 @@ def fingerprint(inputs: Inputs | None) -> str | None:
     """Return what tells inputs from others, as 16 hexadecimal digits: their number and a few.
 
     Returns:
-        None if there are none, or they have no length and would have to be read in order.
+        None if there are none, they have no length and would have to be read in order, or they are
+        others each time.
     """
     if not hasattr(inputs, "__len__"):
         return None
@@ -29,7 +30,9 @@ def fingerprint(inputs: Inputs | None) -> str | None:
     total = len(numbered)
     digest = hashlib.sha256(str(total).encode())
     for number in range(0, total, max(1, total // 16)):
-        each = numbered[number].contiguous()
+        each = numbered[number].cpu().contiguous()
+        if not torch.equal(each, numbered[number].cpu()):  # drawn anew each time it is read
+            return None
         digest.update(f"{each.dtype} {tuple(each.shape)}".encode())
         digest.update(each.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

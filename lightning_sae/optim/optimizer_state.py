@@ -20,7 +20,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.core.loading import require_finite
 from lightning_sae.parallel import local
 
-__all__ = ["require_state_of"]
+__all__ = ["is_of_torch", "require_state_of"]
 
 
 def require_state_of(
@@ -53,7 +53,7 @@ def require_state_of(
                 parameter,
                 made=_made_by(optimizer, group, parameter),
                 told=f"{kind}: of {names.get(parameter, 'a parameter')}",
-                exactly=begun and parameter.requires_grad and _is_of_torch(optimizer),
+                exactly=begun and parameter.requires_grad and is_of_torch(optimizer),
             )
     if states:
         extra = min(map(str, states))
@@ -117,7 +117,7 @@ def _made_by(
     }
 
 
-def _is_of_torch(optimizer: Optimizer) -> bool:
+def is_of_torch(optimizer: Optimizer) -> bool:
     """Return whether it makes the states of one of torch's own, all with its first step."""
     if isinstance(optimizer, torch.optim.LBFGS):
         return False

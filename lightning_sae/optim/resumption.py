@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_sae.checks import UsageError
 from lightning_sae.optim.factories import in_terms_of
-from lightning_sae.optim.optimizer_state import require_state_of
+from lightning_sae.optim.optimizer_state import is_of_torch, require_state_of
 
 __all__ = ["Resumption"]
 
@@ -29,6 +29,7 @@ class Resumption:
 
     def __init__(self) -> None:
         self._checkpoint: dict[str, Any] | None = None  # until its schedules are gone on with
+        self._read_by: Any = None  # the state of the Trainer that it is for
         self._begun = False
         self._before: list[tuple[Optimizer, list[dict[str, Any]]]] = []
 
@@ -58,7 +59,7 @@ class Resumption:
         for key in ("global_step", "epoch"):
             _require_counts(checkpoint.get(key), 0, key)
         self._begun = checkpoint["global_step"] > 0
-        self._checkpoint = dict(checkpoint)
+        self._checkpoint, self._read_by = dict(checkpoint), trainer.state
         checkpoint["lr_schedulers"] = []
         if trainer.strategy.restore_checkpoint_after_setup:
             self._go_on(trainer)
@@ -87,9 +88,9 @@ class Resumption:
         self._before = []
 
     def _go_on(self, trainer: Any) -> None:
-        if self._checkpoint is None:
-            return
         saved, self._checkpoint = self._checkpoint, None
+        if saved is None or trainer.state is not self._read_by:  # of a run that did not begin
+            return
         number = len(saved["optimizer_states"])
         if number != len(trainer.optimizers):
             raise UsageError(
@@ -98,7 +99,9 @@ class Resumption:
         for number, config in enumerate(trainer.lr_scheduler_configs):
             passed = saved["global_step" if config.interval == "step" else "epoch"]
             states = saved["lr_schedulers"]
-            state = states[number] if number < len(states) else {"last_epoch": passed}
+            state = states[number] if number < len(states) else {}
+            if isinstance(state, dict):  # that of a chain has no place of its own
+                state = {"last_epoch": passed} | state
             _go_on(config.scheduler, state, most=saved["global_step"] + saved["epoch"])
 
     def _only_states(
@@ -106,6 +109,8 @@ class Resumption:
     ) -> dict[str, Any]:
         require_state_of(optimizer, state_dict, names, begun=self._begun)
         self._before.append((optimizer, state_dict["param_groups"]))
+        if not is_of_torch(optimizer):  # which may keep states among its settings
+            return state_dict
         pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
         return state_dict | {
             "param_groups": [now | {"params": saved["params"]} for now, saved in pairs]
@@ -124,7 +129,7 @@ def _go_on(schedule: Any, saved: Any, most: int) -> None:
     if type(place) is not int or not 0 <= place <= most:
         raise UsageError(f"lr_schedulers: last_epoch={place!r} of the checkpoint is no place")
     name = f"lr_scheduler={type(schedule).__name__}"
-    if isinstance(schedule, ReduceLROnPlateau) or schedule.last_epoch > 0:
+    if isinstance(schedule, ReduceLROnPlateau) or getattr(schedule, "last_epoch", 0) > 0:
         # What decided its steps is over, or Lightning has used it to look for a learning rate.
         if saved.keys() != schedule.state_dict().keys():
             raise UsageError(f"{name}: the checkpoint has the state of another one")

@@ -105,6 +105,7 @@ def test_the_curves_are_there(tmp_path: Path):
     assert [event.value for event in events.Scalars("train/tokens")] == [512, 1024, 1536, 2048]
 
 
+@pytest.mark.filterwarnings("ignore:Measured with what is in the checkpoint")
 def test_a_checkpoint_is_measured_with_what_it_was_trained_with(tmp_path: Path, capsys):
     """What packaged configurations say gives way, what the user says is told if it is other."""
     trained = {"model__k": "5", "model__n_features": "300", "data__layer": "1"}
@@ -113,7 +114,12 @@ def test_a_checkpoint_is_measured_with_what_it_was_trained_with(tmp_path: Path, 
     small = {key: value for key, value in SMALL.items() if key != "model.n_features"}
     line = ["test", "--config", "topk.yaml", *(f"--{key}={value}" for key, value in small.items())]
     capsys.readouterr()
-    main([*line, f"--ckpt_path={checkpoint}"])
+    told = (
+        r"^Measured with what is in the checkpoint: data.layer=1 \(not 2\), model.k=5 \(not 16\), "
+        r"model.n_features=300 \(not 2048\)$"
+    )
+    with pytest.warns(UserWarning, match=told):
+        main([*line, f"--ckpt_path={checkpoint}"])
     assert re.search(r"^l0 +5\b", capsys.readouterr().out, re.MULTILINE)
     for option, message in {
         "--model.k=6": "k=6: the SAE in the checkpoint was trained with k=5",

@@ -35,12 +35,15 @@ def config(path: Any, model: str = "TopKSAE", data: str = "ActivationDataModule"
     return Namespace(
         ckpt_path=str(path),
         model=Namespace(class_path=f"lightning_sae.{model}"),
-        data=Namespace(class_path=f"lightning_sae.{data}"),
+        data=Namespace(
+            class_path=f"lightning_sae.{data}",
+            init_args=Namespace(model_name="x", layer=2, model_dtype="float32", seed=0),
+        ),
     )
 
 
 @pytest.mark.parametrize("packaged", [["--config", "topk.yaml"], ["--config=topk.yaml"]])
-def test_they_come_after_the_last_packaged_configuration(packaged: list[str], checkpoint: Path):
+def test_they_come_after_the_packaged_configurations(packaged: list[str], checkpoint: Path):
     Path("mine.yaml").touch()
     before, after = ["test", *packaged], ["-c", "mine.yaml", "--model.k=5"]
     found = with_its_settings([*before, *after], config(checkpoint))
@@ -48,6 +51,22 @@ def test_they_come_after_the_last_packaged_configuration(packaged: list[str], ch
     overlay = ["--config", "models/gpt2_small.yaml"]
     found = with_its_settings([*before, *overlay, *after], config(checkpoint))
     assert found == [*before, *overlay, *OF_MODEL, *OF_DATA, *after]
+
+
+@pytest.mark.parametrize("own", [["-c", "mine.yaml"], ["--model.k=5"], ["--data.layer", "1"]])
+def test_what_the_user_says_is_not_overruled(own: list[str], checkpoint: Path):
+    Path("mine.yaml").touch()
+    line = ["test", "--config", "topk.yaml", *own, "--config", "trainer/ddp.yaml"]
+    found = with_its_settings(line, config(checkpoint))
+    assert found == [*line[:3], *OF_MODEL, *OF_DATA, *line[3:]]
+    line = ["test", *own, "--config", "trainer/ddp.yaml"]
+    assert with_its_settings(line, config(checkpoint)) == line
+
+
+def test_a_class_of_the_user_s_is_given_what_it_takes(checkpoint: Path):
+    line, own = ["test", "--config", "topk.yaml"], config(checkpoint)
+    del own.data.init_args["model_name"]
+    assert with_its_settings(line, own) == [*line, *OF_MODEL, *OF_DATA[1:]]
 
 
 def test_a_user_s_own_configuration_is_all_the_user_s(checkpoint: Path):

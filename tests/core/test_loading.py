@@ -39,7 +39,7 @@ UNFIT: list[tuple[Callable[[], SparseAutoencoder], str, Any, str]] = [
     (mutual, "input_mean", math.inf, "input_mean has NaN or Inf"),
     (mutual, "encoder.weight", math.nan, "encoder.weight has NaN or Inf"),
     (mutual, "decoder.bias", -math.inf, "decoder.bias has NaN or Inf"),
-    (mutual, "threshold", math.nan, "threshold has NaN or Inf"),
+    (feature, "threshold", math.nan, "threshold has NaN or Inf"),
     (mutual, "threshold", math.inf, "threshold has NaN or Inf"),
     (mutual, "threshold", -0.5, "threshold=-0.5 in the state to load must be at least 0"),
     (mutual, "history.tokens_seen", -1, "tokens_seen=-1 in the state to load must be at least 0"),
@@ -121,3 +121,12 @@ def test_a_part_can_be_loaded():
     wanted = {"encoder.weight": part["encoder.weight"]}
     assert not sae.load_state_dict(wanted, strict=False).unexpected_keys
     assert torch.equal(sae.encoder.weight, part["encoder.weight"])
+
+
+def test_thresholds_that_no_batch_has_set_are_taken():
+    """Also with the history of another architecture, which an SAE may have taken over."""
+    sae = mutual()
+    sae.take_over(trained(feature))
+    assert sae.tokens_seen > 0
+    assert sae.threshold.isnan()
+    mutual().load_state_dict(sae.state_dict())

@@ -110,3 +110,12 @@ def test_what_is_not_finite_is_still_refused():
     x[3, 2] = torch.inf
     with pytest.raises(ValueError, match="they must be finite"):
         TopKSAE(D_MODEL, 8, 1).loss(x)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01])
+def test_where_most_tokens_are_alike_the_others_are_not_massive(spread):
+    x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:600] *= spread
+    mean, variance = mean_and_variance(x, Ranks())
+    torch.testing.assert_close(mean, x.mean(0))
+    torch.testing.assert_close(variance, (x - x.mean(0)).square().sum(1).mean())

@@ -71,7 +71,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("data.model_name", "../../etc", "model_name='../../etc'"),
     ("data.layer", 4, "layer=4 is out of range"),
     ("data.layer", -1, "layer=-1"),
-    ("data.layer", "last", "\"layer\": Expected a <class 'int'>. Got value: last"),
+    ("data.layer", "last", "layer='last': GPT2LMHeadModel has no such module"),
     ("data.text", "", "text='' is no data set"),
     ("data.text", "missing.parquet", "text='missing.parquet' does not exist"),
     ("data.text", "empty.jsonl", "text='empty.jsonl' has no documents"),
