@@ -113,7 +113,7 @@ class Resumption:
             return state_dict
         pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
         return state_dict | {
-            "param_groups": [now | {"params": saved["params"]} for now, saved in pairs]
+            "param_groups": [saved | now | {"params": saved["params"]} for now, saved in pairs]
         }
 
 

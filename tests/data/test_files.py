@@ -217,3 +217,10 @@ def test_a_column_that_is_not_there(tmp_path, name):
     save(tmp_path / name, ["ka", "to"])
     with pytest.raises(ValueError, match=r"^text_column='body': .* has the columns .*text$"):
         load(tmp_path / name, text_column="body")
+
+
+def test_a_column_may_be_missing_from_the_first_lines(tmp_path):
+    lines = ['{"id": 0}', "", *(f'{{"id": {n}, "text": "t{n}"}}' for n in range(1, 200))]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    train, column = of_text(tmp_path / "a.jsonl", streaming=False)
+    assert "t199" in train[column] or "t198" in train[column]  # one may be held out

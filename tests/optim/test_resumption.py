@@ -235,3 +235,74 @@ def test_a_schedule_that_follows_the_loss_goes_on_where_it_was(tmp_path: Path):
     run(6, tmp_path / "last.ckpt", kind=Plateau, watch=rest)
     assert len(set(whole.seen)) > 3
     assert rest.seen == whole.seen[3:]
+
+
+class Refusing(pl.LightningDataModule):
+    """Data that refuse the place in a checkpoint, as another text does."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Return what an SAE of this file trains on."""
+        return DataLoader(TensorDataset(activations(2048)), batch_size=128)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return something, so that it is loaded again."""
+        return {"place": 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse it."""
+        raise UsageError("another text")
+
+
+def test_a_resume_that_was_refused_leaves_nothing_to_the_next_fit(tmp_path: Path):
+    def trainer() -> pl.Trainer:
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        return pl.Trainer(
+            accelerator="cpu", max_steps=4, max_epochs=-1, enable_checkpointing=False, **quiet
+        )
+
+    sae, finished = TopKSAE(D_MODEL, N_FEATURES, K, optimizer=FUSED), trainer()
+    finished.fit(sae, Refusing())
+    finished.save_checkpoint(tmp_path / "finished.ckpt")
+    with pytest.raises(UsageError, match="another text"):
+        trainer().fit(sae, Refusing(), ckpt_path=tmp_path / "finished.ckpt", weights_only=True)
+    rates: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    again = trainer()
+    again.callbacks.append(Rates())
+    again.fit(sae, Refusing())
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_a_chain_of_schedules_goes_on(tmp_path: Path):
+    def chain(optimizer: torch.optim.Optimizer) -> lr.ChainedScheduler:
+        return lr.ChainedScheduler(
+            [lr.ExponentialLR(optimizer, 0.5), lr.LinearLR(optimizer, 0.1, 1.0, total_iters=8)]
+        )
+
+    run(3, lr_scheduler=chain).save_checkpoint(tmp_path / "3.ckpt")
+    resumed, whole = run(6, tmp_path / "3.ckpt", lr_scheduler=chain), run(6, lr_scheduler=chain)
+    rates = [each.optimizers[0].param_groups[0]["lr"] for each in (resumed, whole)]
+    assert rates[0] == rates[1]
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer of someone's that keeps a state among its settings."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Step, and count."""
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        return super().step(closure)
+
+
+Counting.__module__ = "someone.s"
+
+
+def test_what_another_s_optimizer_keeps_among_its_settings_goes_on(tmp_path: Path):
+    by = partial(Counting, lr=1e-3)
+    run(3, optimizer=by).save_checkpoint(tmp_path / "3.ckpt")
+    assert run(5, tmp_path / "3.ckpt", optimizer=by).optimizers[0].param_groups[0]["count"] == 5
