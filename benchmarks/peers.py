@@ -102,7 +102,7 @@ def sparsify(feed: Feed, optimizer: Literal["signum", "adam"], dead: float = 0.0
         """A "language model" whose one layer puts out the next batch."""
 
         device = torch.device(feed.device)
-        dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}  # noqa: RUF012
+        dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}  # noqa: RUF012  # sparsify reads it
 
         def __init__(self) -> None:
             super().__init__()

@@ -94,9 +94,8 @@ class AdaptiveComputationCallback(HeldOutCallback):
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Log the correlations and draw."""
         for name, correlation in self._correlations.items():
-            value = correlation.to(
-                pl_module.device
-            ).compute()  # equal on all ranks, and so is whether it is logged
+            # Equal on all ranks, and so is whether it is logged.
+            value = correlation.to(pl_module.device).compute()
             if not value.isnan():
                 pl_module.log(f"{stage}/l0_correlation_{name}", value, sync_dist=True)
         matches, surprise = torch.cat([torch.empty(2, 0), *self._drawn], dim=1)

@@ -103,9 +103,11 @@ class SparseAutoencoderCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if self.config.subcommand != "fit" and not isinstance(args, dict | Namespace):
             given = sys.argv[1:] if args is None else args
-            self.config = parser.parse_args(with_its_settings(given, config))
-            packaged, config = config, self.config[self.config.subcommand]
-            tell_changes(packaged, config)
+            tokens = with_its_settings(given, config)
+            if tokens != list(given):
+                self.config = parser.parse_args(tokens)
+                packaged, config = config, self.config[self.config.subcommand]
+                tell_changes(packaged, config)
         width = config.model.get("init_args", {}).get("d_model")
         if width is not None:
             parser.error(f"model.d_model={width}: leave it out, it is the language model's")

@@ -23,8 +23,7 @@ class ZipfStatistics(FeatureDensity):
         (1.0, 0.0)
     """
 
-    # A dictionary in place of densities: torchmetrics leaves to each metric what it computes.
-    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # the base returns densities
         """Return the figures of `zipf_statistics`."""
         return zipf_statistics(super().compute(), int(self.tokens))
 
