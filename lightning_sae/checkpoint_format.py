@@ -1,7 +1,7 @@
 """The format of checkpoints: its number, and how those of earlier formats become it.
 
 Tensors are named as in `lightning_sae.core.state_format`. In format 1, which had no number, some
-arguments had other names too.
+arguments had other names too. Format 2 had no choice of `normalize_inputs`.
 """
 
 from __future__ import annotations
@@ -36,17 +36,14 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
     Raises:
         UsageError: If the checkpoint is of a later format than this version knows.
     """
-    if format_of(checkpoint) == FORMAT:
-        return
-    upgrade_names(checkpoint.get("state_dict", {}))
-    if "architecture" in checkpoint:  # else the module is someone else's, and so are its arguments
-        _upgrade_arguments(checkpoint.get("hyper_parameters", {}), checkpoint["architecture"])
+    number = format_of(checkpoint)
+    if number == 1:
+        _upgrade_first(checkpoint)
+    if number < FORMAT and "architecture" in checkpoint:
         checkpoint[KEY] = FORMAT
-        checkpoint[TRAINED_WITH] = dict(checkpoint.get("hyper_parameters", {}))
-    if any(name in checkpoint for name in DATA_MODULES):
-        arguments = checkpoint.get("datamodule_hyper_parameters", {})
-        rename(arguments, DATA_ARGUMENTS)
-        _drop(arguments, LIGHTNING_CLI)
+        arguments = checkpoint.setdefault("hyper_parameters", {})
+        for settings in (arguments, checkpoint.setdefault(TRAINED_WITH, dict(arguments))):
+            settings.setdefault("normalize_inputs", "average")
 
 
 def format_of(checkpoint: dict[str, Any]) -> int:
@@ -56,6 +53,16 @@ def format_of(checkpoint: dict[str, Any]) -> int:
         UsageError: If it is a later one than this version knows.
     """
     return require_known(checkpoint.get(KEY, 1))
+
+
+def _upgrade_first(checkpoint: dict[str, Any]) -> None:
+    upgrade_names(checkpoint.get("state_dict", {}))
+    if "architecture" in checkpoint:  # else the module is someone else's, and so are its arguments
+        _upgrade_arguments(checkpoint.get("hyper_parameters", {}), checkpoint["architecture"])
+    if any(name in checkpoint for name in DATA_MODULES):
+        arguments = checkpoint.get("datamodule_hyper_parameters", {})
+        rename(arguments, DATA_ARGUMENTS)
+        _drop(arguments, LIGHTNING_CLI)
 
 
 def _upgrade_arguments(arguments: dict[str, Any], architecture: str) -> None:

@@ -67,6 +67,7 @@ class SparseAutoencoder(CheckpointedAutoencoder):
         self.save_hyperparameters()
         self.save_hyperparameters(
             {
+                "normalize_inputs": self.normalize_inputs,
                 "aux_coefficient": self.revival.coefficient,
                 "dying_below": self.revival.dying_below,
                 "k_aux": self.revival.k,
@@ -104,7 +105,7 @@ class SparseAutoencoder(CheckpointedAutoencoder):
         x = activations_in(batch)
         x = x.reshape(-1, x.shape[-1])
         matches = self.match(x)
-        reconstruction = self.reconstruct(matches) / self.input_scale
+        reconstruction = self.reconstruct(matches) / self.scales(x)
         self._metrics[0].update(codes=matches, reconstruction=reconstruction, activations=x)
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step

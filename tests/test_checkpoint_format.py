@@ -22,11 +22,16 @@ FOLDER = Path(__file__).parent / "checkpoints_format_1"
 SAES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mutual_choice": (
         MutualChoiceSAE,
-        {"k": 2, "dead_after_tokens": 16, "importance": "affinity"},
+        {"k": 2, "dead_after_tokens": 16, "importance": "affinity", "normalize_inputs": "average"},
     ),
     "feature_choice": (
         FeatureChoiceSAE,
-        {"k": 2, "mutual_choice_tokens": 16, "importance": "affinity"},
+        {
+            "k": 2,
+            "mutual_choice_tokens": 16,
+            "importance": "affinity",
+            "normalize_inputs": "average",
+        },
     ),
     "standard": (StandardSAE, {"l1_coefficient": 0.1}),
     "topk": (TopKSAE, {"k": 2, "dead_after_tokens": 16}),
@@ -84,7 +89,8 @@ def test_arguments_have_their_present_names(name: str):
     changed = {"standard": {"importance"}, "feature_choice": {"mutual_choice_for"}}
     assert before.keys() - after.keys() == changed.get(name, set())
     new = {key: after[key] for key in after.keys() - before.keys()}
-    assert new == ({"mutual_choice_tokens": 16} if name == "feature_choice" else {})
+    tokens = {"mutual_choice_tokens": 16} if name == "feature_choice" else {}
+    assert new == {"normalize_inputs": "average"} | tokens
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,7 @@ def test_everything_else_stays():
     before, after = load("topk"), upgraded("topk")
     changed = {"state_dict", "hyper_parameters", KEY}
     assert after.pop(KEY) == FORMAT
-    assert after.pop(TRAINED_WITH) == after["hyper_parameters"]
+    assert after.pop(TRAINED_WITH).items() <= after["hyper_parameters"].items()
     assert {key for key in before if str(before[key]) != str(after[key])} <= changed
     assert before.keys() == after.keys()
 
@@ -141,6 +147,19 @@ def test_what_is_not_ours_stays():
     assert not is_sae(foreign["state_dict"])
 
 
+def test_format_2_had_one_scale_for_all_tokens():
+    checkpoint = upgraded("topk") | {KEY: 2, TRAINED_WITH: {"k": 2, "importance": "affinity"}}
+    del checkpoint["hyper_parameters"]["normalize_inputs"]
+    upgrade(checkpoint)
+    assert checkpoint[KEY] == FORMAT
+    assert checkpoint["hyper_parameters"]["normalize_inputs"] == "average"
+    assert checkpoint[TRAINED_WITH] == {
+        "k": 2,
+        "importance": "affinity",
+        "normalize_inputs": "average",
+    }
+
+
 def test_the_present_format_stays():
     checkpoint = upgraded("feature_choice")
     again = copy.deepcopy(checkpoint)
@@ -150,7 +169,9 @@ def test_the_present_format_stays():
 
 @pytest.mark.parametrize("number", [FORMAT + 1, 0, "2"])
 def test_a_format_that_is_not_known_is_told(number: Any):
-    message = f"^the checkpoint has lightning_sae_format={number!r}, and this version .* up to 2: "
+    message = (
+        f"^the checkpoint has lightning_sae_format={number!r}, and this version .* up to {FORMAT}: "
+    )
     with pytest.raises(UsageError, match=message):
         upgrade({KEY: number, "state_dict": {}})
     assert format_of({}) == 1

@@ -139,13 +139,15 @@ def test_the_learning_rate_falls_linearly_to_zero():
 
 
 @pytest.mark.parametrize("kind", [TopKSAE, MutualChoiceSAE])
-@pytest.mark.parametrize(("name", "other"), [("k", K + 1), ("importance", "gain")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("k", K + 1), ("importance", "gain"), ("normalize_inputs", "token")]
+)
 def test_settings_on_which_codes_depend_are_those_of_the_checkpoint(kind, name, other, tmp_path):
     path = tmp_path / "last.ckpt"
     trainer = quiet_trainer(max_steps=1)
-    trainer.fit(kind(D_MODEL, N_FEATURES, K, importance="affinity"), loader())
+    settings = {"k": K, "importance": "affinity", "normalize_inputs": "average"}
+    trainer.fit(kind(D_MODEL, N_FEATURES, **settings), loader())
     trainer.save_checkpoint(path)
-    settings = {"k": K, "importance": "affinity"}
     told = f"^{name}={other!r}: the SAE in the checkpoint was trained with {name}="
     changed = kind(D_MODEL, N_FEATURES, **settings | {name: other})
     with pytest.raises(UsageError, match=told):

@@ -15,6 +15,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.core.batch_statistics import batch_statistics
 from lightning_sae.core.dictionary import Dictionary
 from lightning_sae.core.firing_history import FiringHistory
+from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.core.ordinary_tokens import MASSIVE, is_massive
 from lightning_sae.core.revival import Revival
@@ -47,6 +48,7 @@ class Autoencoder(Dictionary, ABC):
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
+        normalize_inputs: `lightning_sae.core.input_scaling.NormalizeInputs`.
         aux_coefficient: Weight of the loss that revives dead features; 0 leaves it out.
         dying_below: Share of its Zipf density below which a feature counts as dying and is helped
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
@@ -75,6 +77,7 @@ class Autoencoder(Dictionary, ABC):
         d_model: int,
         n_features: int,
         *,
+        normalize_inputs: NormalizeInputs = "average",
         aux_coefficient: float = 1 / 32,
         dying_below: float = 0.0,
         k_aux: int | None = None,
@@ -82,7 +85,7 @@ class Autoencoder(Dictionary, ABC):
         dead_after_tokens: int = 10_000_000,
         max_norm_multiple: float | None = None,
     ) -> None:
-        super().__init__(d_model, n_features)
+        super().__init__(d_model, n_features, normalize_inputs)
         if max_norm_multiple is not None and not max_norm_multiple > 1:
             raise UsageError(f"max_norm_multiple={max_norm_multiple} must be more than 1")
         self.max_norm_multiple = max_norm_multiple
@@ -155,9 +158,8 @@ class Autoencoder(Dictionary, ABC):
             ValueError: If the last dimension of x is not d_model, or before thresholds were
                 learned.
         """
-        matches = self.match(x.reshape(-1, x.shape[-1]))
-        reconstruction = self.reconstruct(matches) / self.input_scale
-        return _typed_as(reconstruction, x).view(x.shape)
+        scaled = self.reconstruct(self.match(x.reshape(-1, x.shape[-1]))).view(x.shape)
+        return _typed_as(scaled / self.scales(x), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense codes, shape (..., n_features), of activations (..., d_model).
@@ -204,8 +206,8 @@ class Autoencoder(Dictionary, ABC):
         if self.training:
             self.prepare(x)
         scaled = self.scaled(x)
-        origin = self.input_mean * self.input_scale
-        massive = is_massive(scaled - origin, self.max_norm_multiple or MASSIVE)
+        centred = (x - self.input_mean) * self.input_scale
+        massive = is_massive(centred, self.max_norm_multiple or MASSIVE)
         leave_out = self.training and self.max_norm_multiple is not None
         scaled = scaled[~massive] if leave_out else scaled
         scores = self.scores(scaled)

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
-from lightning_sae.checks import UsageError, require_positive
+from lightning_sae.checks import require_positive
 from lightning_sae.core.decoder import Decoder
-from lightning_sae.core.loading import refuse_before_loading, require_finite, told_in_one_line
-from lightning_sae.core.ordinary_tokens import mean_and_variance
+from lightning_sae.core.input_scaling import NormalizeInputs, ScaledInputs
+from lightning_sae.core.loading import (
+    refuse_before_loading,
+    require_finite,
+    taken_from,
+    told_in_one_line,
+)
 from lightning_sae.core.state_format import FORMAT, upgrade_before_loading
 from lightning_sae.matches import Matches
-from lightning_sae.numerics import widest_float
 from lightning_sae.parallel import Layout, distribute, local, wide_rows
 from lightning_sae.selection.scores import Scores
 from lightning_sae.sparse import (
@@ -30,12 +34,12 @@ from lightning_sae.sparse import (
 __all__ = ["Dictionary"]
 
 
-class Dictionary(nn.Module):
+class Dictionary(ScaledInputs):
     """Features as an encoder and a decoder of unit-norm directions, with an origin and a scale.
 
     With x the activations of a batch and s the input scale, the affinities of its tokens with the
     features are ``z' = (s x - b_dec) W_enc^T + b_enc``, and codes z stand for the activations
-    ``(z W_dec + b_dec) / s``.
+    ``(z W_dec + b_dec) / s``. With `normalize_inputs="token"` each token has an s of its own.
 
     What is computed is in float32, or in float64 if the parameters are, under every precision:
     affinities of 16 bits tie too often for a choice between them to mean anything.
@@ -43,27 +47,25 @@ class Dictionary(nn.Module):
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
+        normalize_inputs: Whether one scale serves all tokens, or each is brought to the same norm:
+            `lightning_sae.core.input_scaling.NormalizeInputs`.
 
     Attributes:
         decoder: Directions and origin: `weight` (n_features, d_model), `bias` (d_model,).
         encoder: Linear map from activations to affinities, weight of shape (n_features, d_model).
-        input_mean: Mean of the first training batch, less its massive tokens, in the units of the
-            activations, (d_model,).
-        input_scale: Factor s applied to activations before they are encoded, 0-d.
         initialized: Whether mean, scale and origin have been set, bool, 0-d.
         layout: Which processes have other tokens, and which features have their rows here.
     """
 
     # Private in name: torch writes it into every state dict, also a parent's, as its docs say.
     _version = FORMAT
-    input_mean: Tensor
-    input_scale: Tensor
     initialized: Tensor
 
-    def __init__(self, d_model: int, n_features: int) -> None:
-        super().__init__()
-        require_positive(d_model=d_model, n_features=n_features)
-        self.d_model = d_model
+    def __init__(
+        self, d_model: int, n_features: int, normalize_inputs: NormalizeInputs = "average"
+    ) -> None:
+        super().__init__(d_model, normalize_inputs)
+        require_positive(n_features=n_features)
         self.n_features = n_features
         self.layout = Layout.on_one_device(n_features)
         self.decoder = Decoder(d_model, n_features)
@@ -71,13 +73,9 @@ class Dictionary(nn.Module):
         # tied at the start: Gao et al. 2024, section 2.4
         self.encoder.weight.data.copy_(self.decoder.weight.data)
         self.encoder.bias.data.zero_()
-        # float32 also where the default is a 16-bit type
-        self.register_buffer("input_mean", torch.zeros(d_model, dtype=torch.float32))
-        self.register_buffer("input_scale", torch.tensor(1.0, dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
         self._gradient_form = GradientForm()
-        self._hooked: tuple[Tensor, ...] = ()
-        self._hook_gradients()
+        self._gradient_form.watch(self.encoder.weight, self.decoder.weight)
         upgrade_before_loading(self)
         refuse_before_loading(self)
 
@@ -106,7 +104,7 @@ class Dictionary(nn.Module):
         if self.layout.share.mesh is None:
             self.layout = Layout.on_mesh(self.n_features, mesh)
             distribute(self, self.layout.share, replicated=frozenset({"decoder.bias"}))
-            self._hook_gradients()
+            self._gradient_form.watch(self.encoder.weight, self.decoder.weight)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -118,18 +116,8 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: If all activations are equal, not finite, or not d_model wide.
         """
-        self._check_width(x)
-        x = x.detach().to(widest_float(x.device))
-        mean, variance = mean_and_variance(x, self.layout.ranks)
-        if not bool(variance.isfinite()) or not bool(variance > 0):
-            raise UsageError(
-                f"activations with variance {variance.item()} cannot be scaled: "
-                "they must be finite and not all the same"
-            )
-        scale = (self.d_model / variance).sqrt()
-        self.input_mean.copy_(mean)
-        self.input_scale.copy_(scale)
-        local(self.decoder.bias).copy_(mean * scale)
+        origin = self.measure_inputs(x, self.layout.ranks)
+        local(self.decoder.bias).copy_(origin)
         self.initialized.fill_(True)
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
@@ -169,15 +157,8 @@ class Dictionary(nn.Module):
         """
         shared = ("encoder.", "decoder.", "history.", "input_", "initialized")
         own = {name: t for name, t in self.state_dict().items() if name.startswith(shared)}
-        for name, tensor in own.items():
-            found = state_dict.get(name)
-            if found is None or found.shape != tensor.shape:
-                shape = "none" if found is None else tuple(found.shape)
-                raise UsageError(
-                    f"no SAE with d_model={self.d_model}, n_features={self.n_features}: {name} "
-                    f"should have shape {tuple(tensor.shape)}, not {shape}"
-                )
-        self.load_state_dict({name: state_dict[name] for name in own}, strict=False)
+        who = f"no SAE with d_model={self.d_model}, n_features={self.n_features}"
+        self.load_state_dict(taken_from(state_dict, own, who), strict=False)
 
     def normalize_decoder(self) -> None:
         """Give every row of the decoder unit norm again. Call it after each optimizer step."""
@@ -190,20 +171,19 @@ class Dictionary(nn.Module):
         """
         self._gradient_form.in_parts = wanted
 
-    def scaled(self, x: Tensor) -> Tensor:
-        """Return activations (tokens, d_model) in units in which codes are computed.
-
-        Raises:
-            ValueError: If x is not d_model wide.
-        """
-        self._check_width(x)
-        dtype = torch.promote_types(self.encoder.weight.dtype, torch.float32)
-        return x.to(dtype) * self.input_scale
-
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, like: Tensor | None = None) -> Tensor:
         """Return the activations (..., d_model) that codes (..., n_features) stand for.
 
-        In the dtype of the codes if that is a floating-point type.
+        Args:
+            codes: As `encode` returns them.
+            like: Activations (..., d_model), those that were encoded or others: what comes out has
+                their length. Needed only if each token is normalised.
+
+        Returns:
+            In the dtype of the codes if that is a floating-point type.
+
+        Raises:
+            ValueError: If each token is normalised and it is not known to what length.
         """
         share = self.layout.share
         with torch.autocast(codes.device.type, enabled=False):
@@ -211,7 +191,7 @@ class Dictionary(nn.Module):
             directions = functional.normalize(weight, dim=1)
             (same,) = share.fan_out(codes)
             own = same[..., share.here].to(directions.dtype)
-            x = (share.sum(own @ directions) + origin) / self.input_scale
+            x = (share.sum(own @ directions) + origin) / self.scales(like)
         return x.to(codes.dtype) if codes.is_floating_point() else x
 
     @torch.no_grad()
@@ -253,7 +233,7 @@ class Dictionary(nn.Module):
             bias, origin = wide_rows(self.encoder.bias, self.decoder.bias)
             x, origin = share.fan_out(scaled, origin)
             own, weight = share.own(matches), local(self.encoder.weight)
-            in_parts = self._in_parts(self.encoder.weight)
+            in_parts = self._gradient_form.may_come_in_parts(self.encoder.weight)
             values = matched_affinities(x, origin, weight, bias, own, in_parts=in_parts)
         return matches.with_values(share.put(values, matches))
 
@@ -265,7 +245,8 @@ class Dictionary(nn.Module):
         """
         share = self.layout.share
         with torch.autocast(matches.value.device.type, enabled=False):
-            weight, in_parts = local(self.decoder.weight), self._in_parts(self.decoder.weight)
+            in_parts = self._gradient_form.may_come_in_parts(self.decoder.weight)
+            weight = local(self.decoder.weight)
             return share.sum(sum_directions(share.own(matches), weight, in_parts=in_parts))
 
     def reconstruct(self, matches: Matches) -> Tensor:
@@ -277,21 +258,7 @@ class Dictionary(nn.Module):
         """Return weight, bias and origin of the encoder, of the features here."""
         return wide_rows(self.encoder.weight, self.encoder.bias, self.decoder.bias)
 
-    def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d_model:
-            raise UsageError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
-
-    def _hook_gradients(self) -> None:
-        matrices = self.encoder.weight, self.decoder.weight
-        self._hooked = tuple(matrix for matrix in matrices if matrix.requires_grad)
-        for matrix in self._hooked:
-            matrix.register_hook(self._gradient_form)
-
-    def _in_parts(self, matrix: Tensor) -> bool:
-        """Return whether terms may leave its gradient in parts: a hook meets them, or who asked."""
-        return self._gradient_form.in_parts or any(matrix is hooked for hooked in self._hooked)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook the parameters of a copy: copying and pickling leave hooks of tensors out."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self._hook_gradients()
+        self._gradient_form.watch(self.encoder.weight, self.decoder.weight)

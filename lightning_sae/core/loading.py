@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from lightning_sae.checks import UsageError
 from lightning_sae.parallel import local
 
-__all__ = ["refuse_before_loading", "refuse_unfit", "require_finite", "told_in_one_line"]
+__all__ = [
+    "refuse_before_loading",
+    "refuse_unfit",
+    "require_finite",
+    "taken_from",
+    "told_in_one_line",
+]
 
 
 def refuse_before_loading(module: nn.Module) -> None:
@@ -74,6 +80,27 @@ def require_finite(
         if smallest < least or smallest <= beyond:
             bound = f"at least {least:g}" if smallest < least else f"more than {beyond:g}"
             raise UsageError(f"{name}={smallest:g} in the state to load must be {bound}")
+
+
+def taken_from(
+    state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], who: str
+) -> dict[str, Tensor]:
+    """Return of a state dict the tensors that are to take the place of one's own.
+
+    Args:
+        state_dict: That of something else, which may have more.
+        own: One's own, by name.
+        who: What messages say the state dict is not.
+
+    Raises:
+        UsageError: If one is missing, or has another shape.
+    """
+    for name, tensor in own.items():
+        found = state_dict.get(name)
+        if found is None or found.shape != tensor.shape:
+            shape = "none" if found is None else tuple(found.shape)
+            raise UsageError(f"{who}: {name} should have shape {tuple(tensor.shape)}, not {shape}")
+    return {name: state_dict[name] for name in own}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lightning_sae.checks import UsageError
 
 __all__ = ["FORMAT", "is_sae", "rename", "require_known", "upgrade_before_loading", "upgrade_names"]
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 TENSORS: Final = {
     "W_dec": "decoder.weight",

@@ -16,7 +16,7 @@ def gradient_of(sums: RowSums, *, in_parts: bool) -> Tensor:
 
 
 class GradientForm:
-    """A hook on a parameter, by which its gradient comes as a plain tensor or is left in parts.
+    """A hook on parameters, by which their gradient comes as a plain tensor or is left in parts.
 
     It is called with what all terms of a loss have added up to, before that is accumulated.
 
@@ -26,6 +26,17 @@ class GradientForm:
 
     def __init__(self) -> None:
         self.in_parts = False
+        self._watched: tuple[Tensor, ...] = ()
+
+    def watch(self, *parameters: Tensor) -> None:
+        """Be the hook of those that are trained, and of no others from now on."""
+        self._watched = tuple(each for each in parameters if each.requires_grad)
+        for each in self._watched:
+            each.register_hook(self)
+
+    def may_come_in_parts(self, parameter: Tensor) -> bool:
+        """Return whether terms may leave its gradient in parts: a hook meets them, or who asked."""
+        return self.in_parts or any(parameter is watched for watched in self._watched)
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return a gradient in the form that is wanted, features shared out as they were."""
