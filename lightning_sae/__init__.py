@@ -13,8 +13,14 @@ from lightning_sae.allocation import (
     threshold_choice,
     token_choice,
 )
-from lightning_sae.architectures import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSAE
-from lightning_sae.callbacks import FiniteWeights, StopOnSignal
+from lightning_sae.architectures import (
+    FeatureChoiceSAE,
+    MutualChoiceSAE,
+    StandardSAE,
+    TopKSAE,
+    load,
+)
+from lightning_sae.callbacks import FiniteWeights, SavePretrained, StopOnSignal
 from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.checks import UsageError
 from lightning_sae.data import (
@@ -43,6 +49,7 @@ __all__ = [
     "Matches",
     "MutualChoiceSAE",
     "ResidualStream",
+    "SavePretrained",
     "Scores",
     "SparseAutoencoder",
     "StandardSAE",
@@ -52,6 +59,7 @@ __all__ = [
     "VisionModel",
     "__version__",
     "feature_choice",
+    "load",
     "mutual_choice",
     "threshold_choice",
     "token_choice",

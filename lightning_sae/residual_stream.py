@@ -38,6 +38,9 @@ class ResidualStream:
         layer: Index of the block, from 0, or the path of a module that puts out a stream of the
             same width, as in `model.named_modules()`.
 
+    Attributes:
+        path: The path of the module that is read, also of a block.
+
     Raises:
         UsageError: If there is no such layer, or the model's blocks cannot be told.
     """
@@ -46,9 +49,9 @@ class ResidualStream:
         check_layer(model.config, layer)
         self.model = model
         self.layer = layer
-        self._path = layer if isinstance(layer, str) else f"{_blocks(model)}.{layer}"
+        self.path = layer if isinstance(layer, str) else f"{_blocks(model)}.{layer}"
         try:
-            self._block = model.get_submodule(self._path)
+            self._block = model.get_submodule(self.path)
         except AttributeError as error:
             raise UsageError(
                 f"layer={layer!r}: {type(model).__name__} has no such module"
@@ -181,7 +184,7 @@ class ResidualStream:
 
         They do not where later blocks read what earlier ones left elsewhere: keys and values, say.
         """
-        siblings = self.model.get_submodule(self._path.rpartition(".")[0])
+        siblings = self.model.get_submodule(self.path.rpartition(".")[0])
         if not isinstance(siblings, nn.ModuleList):
             return False
         if self._skips is None:
@@ -210,7 +213,7 @@ class ResidualStream:
             idle.forward = lambda *_inputs, **_options: states.clone()
             return idle
 
-        path, _, last = self._path.rpartition(".")
+        path, _, last = self.path.rpartition(".")
         blocks = dict(self.model.get_submodule(path).named_children())
         before = list(blocks)[: list(blocks).index(last) + 1]
         others = {name: putting_out(blocks[name]) for name in before}

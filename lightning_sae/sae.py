@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sae.checkpointed import CheckpointedAutoencoder
 from lightning_sae.data.batches import activations_in
 from lightning_sae.matches import Matches
 from lightning_sae.metrics import FeatureDensity
@@ -28,11 +27,12 @@ from lightning_sae.optim.factories import (
 )
 from lightning_sae.optim.whole_steps import WholeSteps
 from lightning_sae.parallel.agreement import average_gradients, start_alike
+from lightning_sae.pretrained import PretrainedAutoencoder
 
 __all__ = ["SparseAutoencoder"]
 
 
-class SparseAutoencoder(CheckpointedAutoencoder):
+class SparseAutoencoder(PretrainedAutoencoder):
     """A sparse autoencoder that Lightning can train: the base of every architecture.
 
     What it is and learns is `lightning_sae.core.Autoencoder`, and needs no Trainer: `forward`,

@@ -13,6 +13,7 @@ ROOMS = (
     ("architectures",),
     ("callbacks",),
     ("sae",),
+    ("pretrained",),
     ("checkpointed",),
     ("optim", "checkpoint_io", "checkpoint_format"),
     ("core",),
@@ -23,7 +24,7 @@ ROOMS = (
     ("parallel",),
     (
         *("matches", "numerics", "zipf", "residual_stream"),
-        *("checks", "hyperparameters", "quickstart"),
+        *("checks", "hyperparameters", "model_card", "tensor_files", "quickstart"),
     ),
 )
 """From the top. What stands in one line may import from each other, but for the ground."""

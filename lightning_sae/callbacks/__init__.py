@@ -15,6 +15,7 @@ from lightning_sae.callbacks.finite_weights import FiniteWeights
 from lightning_sae.callbacks.loss_recovered import LossRecoveredCallback
 from lightning_sae.callbacks.resampling import ResampleDeadFeatures
 from lightning_sae.callbacks.results_table import ResultsTable
+from lightning_sae.callbacks.save_pretrained import SavePretrained
 from lightning_sae.callbacks.stop_on_signal import StopOnSignal
 from lightning_sae.callbacks.throughput import TokensPerSecond
 from lightning_sae.callbacks.write_matches import WriteMatches
@@ -27,6 +28,7 @@ __all__ = [
     "LossRecoveredCallback",
     "ResampleDeadFeatures",
     "ResultsTable",
+    "SavePretrained",
     "StopOnSignal",
     "TokensPerSecond",
     "WriteMatches",

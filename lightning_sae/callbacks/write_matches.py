@@ -9,12 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import ranks_of
+from lightning_sae.tensor_files import save_tensors
 
 
 class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader without a sampler
@@ -67,21 +66,8 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         if "kept" in tensors:
             tensors["kept"] = tensors["kept"].to(torch.uint8)
         path = self.output_dir / f"{_stem(trainer)}{batch_idx:05d}.safetensors"
-        _save(tensors, path, shape=json.dumps(matches.shape))
+        save_tensors(tensors, path, shape=json.dumps(matches.shape))
 
 
 def _stem(trainer: pl.Trainer) -> str:
     return f"rank{ranks_of(trainer).index}-batch"
-
-
-def _save(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write this file too
-    # Clones, because the columns of one tensor share its memory, which safetensors refuses.
-    clones = {
-        name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
-    }
-    try:
-        save_file(clones, partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import get_ident
 
 import torch
 from torch import Tensor
 
 from lightning_sae.checks import UsageError
+from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["ActivationCache", "model_fingerprint"]
 
@@ -74,21 +73,14 @@ class ActivationCache:
         return found
 
     def _save(self, activations: Tensor, file: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cache_dir: cannot make '{self.folder}': {error.strerror}") from error
-        temporary = file.with_suffix(f".{os.getpid()}-{get_ident()}.tmp")
         try:
-            save_file({"activations": activations.cpu().contiguous()}, temporary)
-            temporary.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"cache_dir: cannot write '{file}': {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            save_tensors({"activations": activations}, file)
+        except OSError as error:
+            raise UsageError(f"cache_dir: {error}") from error
 
 
 def model_fingerprint(path: str, revision: str) -> str:

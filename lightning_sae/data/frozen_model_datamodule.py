@@ -15,8 +15,9 @@ from lightning_sae.checks import UsageError, require_at_least, require_positive
 from lightning_sae.data.blocks import Inputs, endless_blocks, held_out_parts, of_length, stacked
 from lightning_sae.data.frozen_model import FrozenModel
 from lightning_sae.data.place import KeepsPlace
-from lightning_sae.data.provenance import compare, fingerprint
+from lightning_sae.data.provenance import ORDER, compare, fingerprint
 from lightning_sae.data.stream import ActivationStream, HeldOutBatches
+from lightning_sae.hyperparameters import plain
 from lightning_sae.parallel import ranks_of
 from lightning_sae.residual_stream import ResidualStream
 
@@ -35,8 +36,8 @@ class FrozenModelDataModule(KeepsPlace, ABC):
     A data source of one's own is a subclass: `positions_per_input`, `train_inputs` and
     `held_out_inputs` are all that it must have. It may say which positions count (`kept`,
     `tokens_per_input`), how inputs are read (`read`), and what they are called (`source`, `noun`,
-    `input_key`, `place`). Its constructor passes on a model and the arguments below; one that
-    takes `**options` for them has them on the command line too.
+    `input_key`, `place`, `positions`). Its constructor passes on a model and the arguments below;
+    one that takes `**options` for them has them on the command line too.
 
     Args:
         model: What is read.
@@ -70,6 +71,8 @@ class FrozenModelDataModule(KeepsPlace, ABC):
     """What messages call the data: best the argument that names them, and its value."""
     input_key: ClassVar[str] = "input_ids"
     """The key of the inputs in a held-out batch. Of token ids it is this one for all callbacks."""
+    positions: ClassVar[str] = "all"
+    """Which positions of an input are trained and measured on, in words."""
 
     def __init__(
         self,
@@ -158,6 +161,13 @@ class FrozenModelDataModule(KeepsPlace, ABC):
             UsageError: If there is no such model, or it has no such layer.
         """
         return self.model.d_model
+
+    def describe(self) -> dict[str, Any]:
+        """Return what activations these are, as JSON has it: for the record of what learns them."""
+        inputs = {name: plain(getattr(self, name)) for name in self.place if name not in ORDER}
+        model = self.model.description | self.model.hook_names
+        revision = {"model_revision": self.model.revision}
+        return model | revision | inputs | {"positions": self.positions}
 
     @property
     def residual_stream(self) -> ResidualStream:

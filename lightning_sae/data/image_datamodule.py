@@ -67,6 +67,7 @@ class ImageActivationDataModule(FrozenModelDataModule):
         *("images", "images_config", "images_column", "train_split", "validation_split"),
         "held_out_images",
     )
+    positions: ClassVar[str] = "patches"
     model: VisionModel
 
     def __init__(

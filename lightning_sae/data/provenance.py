@@ -11,7 +11,7 @@ import torch
 from lightning_sae.checks import UsageError
 from lightning_sae.data.blocks import Inputs, NumberedInputs
 
-__all__ = ["compare", "fingerprint"]
+__all__ = ["ORDER", "compare", "fingerprint"]
 
 ORDER: Final = frozenset({"model_name", "batch_size", "batches_per_block"})
 """Arguments that decide which inputs a place in the stream means, though not which there are."""

@@ -73,6 +73,7 @@ class ActivationDataModule(FrozenModelDataModule):
         *("text", "text_config", "text_column", "train_split", "validation_split"),
         *("held_out_documents", "streaming", "context_length"),
     )
+    positions: ClassVar[str] = "all but special tokens and the first of a context, which is BOS"
     model: LanguageModel
 
     def __init__(

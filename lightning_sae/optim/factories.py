@@ -41,7 +41,7 @@ def optimizer_and_schedule(
             schedule = make_schedule(optimizer)
     elif math.isfinite(steps):
         # Not LinearLR: a run resumed with more steps than before could not leave its zero.
-        schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / max(1, steps)))
     else:
         return optimizer
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

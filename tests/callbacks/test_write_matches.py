@@ -74,7 +74,7 @@ def test_a_failure_leaves_no_file_under_a_final_name(tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr("lightning_sae.callbacks.write_matches.save_file", fail)
+    monkeypatch.setattr("lightning_sae.tensor_files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         predict(tmp_path, FakeSAE(), dataloaders=tensors(1))
     assert not list((tmp_path / "matches").iterdir())

@@ -109,31 +109,16 @@ def test_a_residual_stream_wider_than_the_model_s_type_is_taken(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch, error):
-    def full(_tensors, file):
+    def full(_tensors, file, metadata):
         file.write_bytes(b"the first part")
         raise error("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("lightning_sae.tensor_files.save_file", full)
     with pytest.raises(
         ValueError, match=r"^cache_dir: cannot write '.*': No space left on device$"
     ):
         cached(Reader(), tmp_path)(torch.zeros(1, 2).long())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_given_its_name_when_complete(tmp_path, monkeypatch):
-    written = []
-
-    def save(tensors, file):
-        save_file(tensors, file)
-        written.append(file.stat().st_ino)
-        assert [other.suffix for other in tmp_path.iterdir()] == [".tmp"]
-
-    monkeypatch.setattr("safetensors.torch.save_file", save)
-    cached(Reader(), tmp_path)(torch.zeros(1, 2).long())
-    (file,) = tmp_path.iterdir()
-    assert file.suffix == ".safetensors"
-    assert [file.stat().st_ino] == written  # renamed, not copied
 
 
 def test_fingerprint_of_a_folder_is_that_of_its_weights(model_folder, tmp_path):

@@ -1,0 +1,73 @@
+"""A folder that others can load, kept as fresh as the checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_sae.pretrained import PretrainedAutoencoder
+
+
+class SavePretrained(Callback):
+    """Saves the SAE by `save_pretrained` with every checkpoint, and when training ends.
+
+    The folder is `pretrained` in that of the run, beside its checkpoints. What the SAE is worth is
+    known from the last validation, so the figures are those of the end only after the end. An SAE
+    that is a part of another module is saved too, under its name there.
+
+    It does nothing where features are shared out over devices: no process has all of them.
+
+    Args:
+        dirpath: Another folder to save to.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None) -> None:
+        self.dirpath = dirpath
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the weights that the checkpoint has."""
+        self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the weights of the end, and say where."""
+        for folder in self._save(trainer, pl_module):
+            rank_zero_info(f"The SAE is in {folder}: lightning_sae.load({str(folder)!r})")
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Path]:
+        """Return the folders that were saved; none before the first step, nor on other ranks."""
+        if not trainer.is_global_zero or trainer.global_step == 0:
+            return []
+        root = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")
+        saved = []
+        for name, sae in _saes(pl_module):
+            folder = Path(root, *name.split(".")) if name else Path(root)
+            _replace(folder, sae)
+            saved.append(folder)
+        return saved
+
+
+def _saes(module: pl.LightningModule) -> list[tuple[str, PretrainedAutoencoder]]:
+    """Return the SAEs in a module, which may be one itself, whose rows are all here."""
+    found = module.named_modules()
+    saes = [(name, each) for name, each in found if isinstance(each, PretrainedAutoencoder)]
+    return [(name, sae) for name, sae in saes if sae.layout.share.mesh is None]
+
+
+def _replace(folder: Path, sae: PretrainedAutoencoder) -> None:
+    """Save to a folder; each of its files is the earlier one or the new one, whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        sae.save_pretrained(temporary)
+        for file in sorted(temporary.iterdir(), reverse=True):  # the weights first
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,180 @@
+"""An autoencoder as a folder that stands alone: weights, settings, and what it is worth."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from lightning.pytorch.trainer.states import TrainerFn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lightning_sae.checkpoint_format import FORMAT, KEY
+from lightning_sae.checkpointed import CheckpointedAutoencoder
+from lightning_sae.checks import UsageError
+from lightning_sae.core.state_format import require_known
+from lightning_sae.model_card import model_card
+from lightning_sae.tensor_files import save_tensors
+
+__all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "read_config"]
+
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
+RECORD: Final = ("trained_on", "measured")
+
+
+class PretrainedAutoencoder(
+    CheckpointedAutoencoder,
+    ModelHubMixin,
+    library_name="lightning_sae",
+    tags=["sparse-autoencoder"],
+):
+    """Saves and loads what Hugging Face calls a pretrained model, on disk and on the hub.
+
+    `save_pretrained(folder)` writes `model.safetensors`, `config.json` and a model card. Nothing in
+    them runs when they are read, and there are no optimizer states: a third of a checkpoint.
+    `from_pretrained` and `push_to_hub` are huggingface_hub's.
+
+    Attributes:
+        record: What is known of its training, as JSON has it: `trained_on`, which activations of
+            which model and text, and `measured`, the figures of the last validation. A Trainer
+            fills it in; checkpoints and folders have it.
+    """
+
+    def __init__(self, d_model: int, n_features: int, **options: Any) -> None:
+        super().__init__(d_model, n_features, **options)
+        self.record: dict[str, dict[str, Any]] = {}
+
+    def on_validation_end(self) -> None:
+        """Note the figures of a validation, those of callbacks too."""
+        if self.trainer.sanity_checking:
+            return
+        logged = self.trainer.callback_metrics
+        figures = {
+            name.removeprefix("val/"): _number(value)
+            for name, value in logged.items()
+            if name.startswith("val/")
+        }
+        if "train/l0" in logged:
+            figures["l0_in_training"] = _number(logged["train/l0"])
+        self.record["measured"] = {"tokens_seen": int(self.tokens_seen), **figures}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note also what is known of the training."""
+        checkpoint["record"] = self._noted()
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over also what the checkpoint notes of the training so far."""
+        super().on_load_checkpoint(checkpoint)
+        self.record = dict(checkpoint.get("record", {}))
+
+    def config(self) -> dict[str, Any]:
+        """Return what `config.json` says: the class, its arguments, and the record."""
+        return {
+            KEY: FORMAT,
+            "architecture": type(self).__name__,
+            "arguments": dict(self.hparams),
+            **self._noted(),
+        }
+
+    def _noted(self) -> dict[str, dict[str, Any]]:
+        """Return the record, with what the SAE is being trained on."""
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
+            if describe is not None:
+                self.record["trained_on"] = describe()
+        return self.record
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return a model card that says what the SAE was trained on, and what it is worth."""
+        return model_card(self.config(), **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self.layout.share.mesh is not None:
+            raise UsageError(
+                "features are shared out over devices: load a checkpoint on one, and save that"
+            )
+        save_tensors(self.state_dict(), save_directory / WEIGHTS, format="pt")
+        config = json.dumps(self.config(), indent=2, allow_nan=False)
+        (save_directory / CONFIG).write_text(f"{config}\n", encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        config: dict[str, Any] | None = None,
+        map_location: str | torch.device = "cpu",
+        **options: Any,
+    ) -> Self:
+        found = read_config(model_id, config)
+        if found["architecture"] != cls.__name__:
+            raise UsageError(
+                f"{model_id} is a {found['architecture']}, not a {cls.__name__}: "
+                "lightning_sae.load finds the class by itself"
+            )
+        own = {name: value for name, value in options.items() if name not in found}
+        for name in cls.code_settings:
+            if name in own and own[name] != found["arguments"].get(name):
+                raise UsageError(
+                    f"{name}={own[name]!r}: {model_id} was trained with "
+                    f"{name}={found['arguments'].get(name)!r}"
+                )
+        try:
+            sae = cls(**found["arguments"] | own)
+        except TypeError as error:
+            raise UsageError(f"{model_id}: {error}") from error
+        path = Path(model_id, WEIGHTS)
+        if not Path(model_id).is_dir():
+            path = Path(
+                hf_hub_download(
+                    model_id,
+                    WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        try:
+            sae.load_state_dict(load_file(path))
+        except (SafetensorError, FileNotFoundError) as error:
+            raise UsageError(f"{path} is damaged, or not there: {error}") from error
+        sae.record = {name: found[name] for name in RECORD if name in found}
+        return sae.to(map_location).eval()
+
+
+def read_config(where: str, config: Any) -> dict[str, Any]:
+    """Return the `config.json` of a pretrained SAE.
+
+    Args:
+        where: What messages call it.
+        config: What the file says. None: there is none.
+
+    Raises:
+        UsageError: If it is not that of an SAE, or of a later format than this version knows.
+    """
+    known = isinstance(config, dict) and isinstance(config.get("arguments"), dict)
+    if not known or not isinstance(config.get("architecture"), str):
+        raise UsageError(f"{where} has no {CONFIG} of an SAE")
+    require_known(config.get(KEY))
+    found: dict[str, Any] = config
+    return found
+
+
+def _number(value: torch.Tensor) -> float | None:
+    """Return what JSON can hold."""
+    number = value.item()
+    return number if math.isfinite(number) else None

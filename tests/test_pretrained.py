@@ -1,0 +1,131 @@
+"""SAEs as folders that stand alone: saved, loaded, and shared on a hub."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE, load
+from lightning_sae.checks import UsageError
+from lightning_sae.pretrained import CONFIG, WEIGHTS
+from tests.helpers.architectures import (
+    D_MODEL,
+    N_FEATURES,
+    K,
+    activations,
+    every_architecture,
+    train,
+)
+
+RECORD = {
+    "trained_on": {"model_name": "someone/model", "layer": 3, "hook_name": "model.layers.3"},
+    "measured": {"fvu": 0.25, "l0": 4.0, "tokens_seen": 1024, "loss_recovered_mean": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def saved(sae, folder: Path) -> Path:
+    sae.save_pretrained(folder)
+    return folder
+
+
+@every_architecture
+def test_what_was_saved_codes_as_it_did(make, tmp_path: Path):
+    sae = make(normalize_inputs="token")
+    train(sae, 8)
+    sae.record = RECORD
+    folder, x = saved(sae, tmp_path / "sae"), activations()
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+    for found in (load(folder), type(sae).from_pretrained(folder), load(str(folder))):
+        assert type(found) is type(sae)
+        assert not found.training
+        assert found.record == RECORD
+        assert found.hparams == sae.hparams
+        assert torch.equal(found.encode(x), sae.encode(x))
+        assert torch.equal(found(x), sae(x))
+        state = found.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in sae.state_dict().items())
+
+
+def test_what_was_loaded_learns_on(tmp_path: Path):
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    train(sae, 2)
+    again = load(saved(sae, tmp_path)).train()
+    assert_close(train(again, 2), train(sae, 2))
+
+
+def test_a_decoder_that_a_foreign_loop_left_unnormalised_is_saved_normalised(tmp_path: Path):
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    sae.decoder.weight.data.mul_(3)
+    saved(sae, tmp_path)
+    rows = load_file(tmp_path / WEIGHTS)["decoder.weight"]
+    assert_close(rows.norm(dim=1), torch.ones(N_FEATURES))
+
+
+def test_settings_may_change_that_do_not_change_a_code(tmp_path: Path):
+    sae = MutualChoiceSAE(D_MODEL, N_FEATURES, K)
+    train(sae, 2)
+    saved(sae, tmp_path)
+    again = MutualChoiceSAE.from_pretrained(tmp_path, aux_coefficient=0.0)
+    assert again.revival.coefficient == 0
+    with pytest.raises(UsageError, match=f"^k=1: .* was trained with k={K}"):
+        MutualChoiceSAE.from_pretrained(tmp_path, k=1)
+    with pytest.raises(UsageError, match="is a MutualChoiceSAE, not a TopKSAE: "):
+        TopKSAE.from_pretrained(tmp_path)
+
+
+NO_CONFIG = f"has no {CONFIG} of an SAE"
+FILES = {
+    (WEIGHTS, None): f"{WEIGHTS} is damaged, or not there",
+    (WEIGHTS, b"cut"): f"{WEIGHTS} is damaged, or not there",
+    (CONFIG, None): NO_CONFIG,
+    (CONFIG, b"{"): NO_CONFIG,
+    (CONFIG, b'{"architectures": ["GPT2LMHeadModel"]}'): NO_CONFIG,
+}
+SETTINGS = [
+    ("lightning_sae_format", 99, "lightning_sae_format=99, and this version"),
+    ("architecture", "MySAE", "holds a MySAE, which is none of FeatureChoiceSAE, .*: import its"),
+    ("arguments", {"nosuch": 1}, "unexpected keyword argument 'nosuch'"),
+    ("arguments", {"n_features": N_FEATURES + 1}, r"size mismatch for decoder\.weight"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    sae = FeatureChoiceSAE(D_MODEL, N_FEATURES, K)
+    train(sae, 2)
+    return saved(sae, tmp_path)
+
+
+@pytest.mark.parametrize(("change", "told"), FILES.items())
+def test_a_damaged_folder_is_told_in_one_line(change, told: str, folder: Path):
+    name, content = change
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(UsageError, match=told):
+        load(folder)
+
+
+@pytest.mark.parametrize(("name", "value", "told"), SETTINGS)
+def test_settings_that_do_not_fit_are_told_in_one_line(name, value, told: str, folder: Path):
+    config = json.loads((folder / CONFIG).read_text())
+    config[name] = config[name] | value if isinstance(value, dict) else value
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=told):
+        load(folder)
+
+
+def test_what_is_nowhere_is_told(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for path in (tmp_path / "no" / "such" / "folder", "no/such/repository/at/all", "no/such"):
+        with pytest.raises(UsageError, match="no/such"):
+            load(path)
