@@ -41,7 +41,8 @@ L1 = {
 
 NO_AUX, AUX_K = {"aux_coefficient": 0}, {"dying_below": 0}
 UNIFORM, FROM_SCRATCH = {"budgets": "uniform"}, {"mutual_choice_share": 0}
-AFFINITY, TOKEN_NORM = {"importance": "affinity"}, {"importance": "token_norm"}
+AVERAGE = {"normalize_inputs": "average"}
+AFFINITY, TOKEN_NORM = ({"importance": by} | AVERAGE for by in ("affinity", "token_norm"))
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),
     "topk": ("topk", NO_AUX),
@@ -58,7 +59,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {  # for one k only
     "feature zipf from scratch, aux_zipf": ("feature_choice", AFFINITY | FROM_SCRATCH),
-    "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"}),
+    "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"} | AVERAGE),
     "mutual by token_norm": ("mutual_choice", TOKEN_NORM | NO_AUX),
     "mutual, aux_zipf below half": ("mutual_choice", AFFINITY | {"dying_below": 0.5}),
     "mutual by token_norm, aux_zipf every 8": ("mutual_choice", TOKEN_NORM | {"aux_every": 8}),

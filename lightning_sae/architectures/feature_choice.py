@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, feature_choice_counting, midpoint_thresholds
 from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.checkpoint_format import TRAINED_WITH
 from lightning_sae.checkpoint_io import read_checkpoint
 from lightning_sae.checks import UsageError, require_choice, require_not_negative
 from lightning_sae.core.loading import require_finite
@@ -128,9 +129,19 @@ class FeatureChoiceSAE(ThresholdSAE):
         """Load the dictionary to start from, unless the run is resumed."""
         if stage == "fit" and self.start_from is not None and self.trainer.ckpt_path is None:
             try:
-                self.take_over(read_checkpoint(self.start_from)["state_dict"])
+                found = read_checkpoint(self.start_from)
+                self._require_same_units(found.get(TRAINED_WITH, {}))
+                self.take_over(found["state_dict"])
             except (UsageError, OSError) as error:
                 raise UsageError(f"start_from={self.start_from}: {error}") from None
+
+    def _require_same_units(self, trained_with: Mapping[str, Any]) -> None:
+        before = trained_with.get("normalize_inputs", self.normalize_inputs)
+        if before != self.normalize_inputs:
+            raise UsageError(
+                f"it was trained with normalize_inputs={before!r}: set that here too, in place of "
+                f"{self.normalize_inputs!r}"
+            )
 
     def prepare(self, x: Tensor) -> None:
         """Let features choose from this batch on, if the first phase is over.

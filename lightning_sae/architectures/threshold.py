@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, Importance, mutual_choice, threshold_choice
 from lightning_sae.checks import UsageError, require_choice, require_k
+from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.loading import require_finite
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
@@ -37,8 +38,9 @@ class ThresholdSAE(SparseAutoencoder):
         k: Expected matches per token, 1 to n_features.
         dying_below: Share of its Zipf density below which a feature counts as dying and is helped
             too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
-        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`. Affinity is the
-            paper's, and reconstructed worse.
+        normalize_inputs: `lightning_sae.core.input_scaling.NormalizeInputs`. With `average`, the
+            paper's as far as is known, long tokens get more matches, and reconstruction is worse.
+        importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has
             its own: `lightning_sae.architectures.threshold.Scope`.
         options: Those of `lightning_sae.SparseAutoencoder`.
@@ -66,11 +68,18 @@ class ThresholdSAE(SparseAutoencoder):
         k: int,
         *,
         dying_below: float = DYING_BELOW,
-        importance: Importance = "token_norm",
+        normalize_inputs: NormalizeInputs = "token",
+        importance: Importance = "affinity",
         scope: Scope = "global",
         **options: Any,
     ) -> None:
-        super().__init__(d_model, n_features, dying_below=dying_below, **options)
+        super().__init__(
+            d_model,
+            n_features,
+            dying_below=dying_below,
+            normalize_inputs=normalize_inputs,
+            **options,
+        )
         require_k(k, n_features)
         require_choice(importance=importance, of=get_args(Importance))
         require_choice(scope=scope, of=get_args(Scope))

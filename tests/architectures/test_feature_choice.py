@@ -173,6 +173,17 @@ def test_starts_from_a_checkpoint_of_any_architecture(architecture: type, tmp_pa
     assert (sae.target_density[order].diff() <= 0).all()
 
 
+def test_starts_only_from_what_was_trained_on_inputs_of_the_same_length(tmp_path: Path):
+    first = TopKSAE(8, 24, 3)
+    train(first, 3)
+    checkpoint = {"architecture": "TopKSAE", "lightning_sae_format": 2, "loops": {}}
+    torch.save(checkpoint | {"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
+    sae = from_scratch(start_from=str(tmp_path / "first.ckpt"), normalize_inputs="token")
+    sae._trainer = SimpleNamespace(ckpt_path=None)
+    with pytest.raises(ValueError, match=r"first\.ckpt: it was trained with .*'average': set that"):
+        sae.setup("fit")
+
+
 def test_a_rule_of_one_s_own_must_count_what_passes_thresholds():
     class Uncounted(FeatureChoiceSAE):
         def choose(self, scores: Scores) -> Choice:
