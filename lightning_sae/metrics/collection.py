@@ -1,6 +1,5 @@
 """The metrics of one validation: which there are, which share their counts, what they compute."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,8 @@ from lightning_sae.metrics.zipf import ZipfStatistics
 
 __all__ = ["collect", "figures", "of_a_dictionary"]
 
-SHARING_COUNTS = (("l0", "l0_std"), ("dead_fraction", "feature_density", "zipf"))
-"""Names of metrics that every dictionary has, in groups whose states are the same."""
+SHARING_COUNTS = ((L0, L0StandardDeviation), (DeadFeatures, FeatureDensity, ZipfStatistics))
+"""Metrics that every dictionary has, in groups whose counts are the same."""
 
 
 def of_a_dictionary(d_model: int, n_features: int, **options: Any) -> dict[str, Metric]:
@@ -41,7 +40,7 @@ def of_a_dictionary(d_model: int, n_features: int, **options: Any) -> dict[str, 
 
 
 def collect(metrics: Mapping[str, Metric]) -> MetricCollection:
-    """Return metrics to be updated together, of which only those named above share counts.
+    """Return metrics to be updated together, of which only those of a dictionary share counts.
 
     Left to itself, torchmetrics has metrics share whose states are equal after the first batch: by
     chance also two that count rare events, neither of which was in that batch.
@@ -49,10 +48,10 @@ def collect(metrics: Mapping[str, Metric]) -> MetricCollection:
     Args:
         metrics: By name.
     """
-    sharing = [[name for name in group if name in metrics] for group in SHARING_COUNTS]
-    alone = [[name] for name in metrics if name not in itertools.chain(*sharing)]
-    groups = [group for group in (*sharing, *alone) if group]
-    return MetricCollection({**metrics}, compute_groups=groups)
+    # By their classes: under the name of one of them a subclass of the SAE may have another metric.
+    groups = [[name for name, each in metrics.items() if type(each) in k] for k in SHARING_COUNTS]
+    groups += [[name] for name in metrics if not any(name in group for group in groups)]
+    return MetricCollection({**metrics}, compute_groups=[group for group in groups if group])
 
 
 def figures(collection: MetricCollection) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from lightning_sae.metrics import (
     TotalsMetric,
     ZipfStatistics,
 )
-from lightning_sae.metrics.collection import collect, figures
+from lightning_sae.metrics.collection import collect, figures, of_a_dictionary
 from lightning_sae.numerics import ratio
 from tests.metrics.samples import all_metrics, sample, split, values
 
@@ -121,8 +121,9 @@ class Rare(TotalsMetric):
         self.bound = bound
         self.add_total("hits")
 
-    def update(self, codes: torch.Tensor) -> None:
-        self.add_to_totals(hits=(codes > self.bound).sum())
+    def update(self, codes: torch.Tensor | Matches) -> None:
+        values = codes.value if isinstance(codes, Matches) else codes
+        self.add_to_totals(hits=(values > self.bound).sum())
 
     def compute(self) -> float:
         return float(self.hits)
@@ -139,6 +140,19 @@ def test_metrics_that_look_alike_at_first_do_not_share_counts():
         "l0": 1.0,
         "l0_std": 1.0,
     }
+
+
+def test_a_metric_in_the_place_of_another_has_counts_of_its_own():
+    collection = collect(
+        of_a_dictionary(d_model=2, n_features=4) | {"l0": Rare(1.0), "feature_density": Rare(3.0)}
+    )
+    codes = Matches(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2]), torch.ones(3), shape=(2, 4))
+    x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    for _ in range(2):
+        collection.update(codes=codes, reconstruction=x, activations=x)
+    found = figures(collection)
+    names = ("l0", "feature_density", "l0_std", "dead_fraction", "tokens")
+    assert [found[name].item() for name in names] == [0.0, 0.0, 0.5, 0.5, 4.0]
 
 
 def test_numbers_have_the_names_of_metrics_or_their_own():
