@@ -68,8 +68,14 @@ def endless_blocks(
         Inputs, (size, ...).
 
     Raises:
-        UsageError: If an epoch has fewer inputs than `minimum`, or inputs differ in shape.
+        UsageError: If an epoch has fewer inputs than `minimum`, inputs differ in shape, or they are
+            an iterator, of which nothing is left for a second epoch.
     """
+    if isinstance(inputs, Iterator):
+        raise UsageError(
+            f"{source}: {noun} to train on are an iterator, which can be read only once, as what a "
+            "function with `yield` returns is: give a list, or an object with __iter__"
+        )
 
     def check_enough(total: int) -> None:
         if total < minimum:

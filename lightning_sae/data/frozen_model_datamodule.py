@@ -112,7 +112,7 @@ class FrozenModelDataModule(KeepsPlace, ABC):
         Returns:
             Tensors of one shape. A list of them, a tensor (inputs, ...) or a map-style `Dataset` of
             torch comes each epoch in a new order. Any other iterable that starts afresh each time,
-            for data that are too many to be stored, comes in its own.
+            for data that are too many to be stored, comes in its own; a generator does not.
         """
 
     @abstractmethod
