@@ -73,6 +73,8 @@ class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningMod
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture or shape; bring an older one up to date.
 
+        One of a class that this one extends is welcome: the extension may be a metric.
+
         Raises:
             UsageError: If it is one, and the message names both; or if it lacks what a run needs.
         """
@@ -83,10 +85,11 @@ class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningMod
             raise UsageError("the checkpoint holds no SAE: it has no matrix decoder.weight")
         features, width = weight.shape
         name = checkpoint.get("architecture", "an unnamed architecture")
-        found = f"{name}(d_model={width}, n_features={features})"
-        expected = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
-        if found != expected:
-            raise UsageError(f"the checkpoint holds {found}, the configuration asks for {expected}")
+        kinds = {kind.__name__ for kind in type(self).__mro__}
+        if name not in kinds or (width, features) != (self.d_model, self.n_features):
+            found = f"{name}(d_model={width}, n_features={features})"
+            asked = f"{type(self).__name__}(d_model={self.d_model}, n_features={self.n_features})"
+            raise UsageError(f"the checkpoint holds {found}, the configuration asks for {asked}")
         trained_with = checkpoint.get(TRAINED_WITH, checkpoint.get("hyper_parameters", {}))
         for name, asked in self._code_settings().items():
             if name in trained_with and trained_with[name] != asked:

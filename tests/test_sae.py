@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_sae import MutualChoiceSAE, SparseAutoencoder, TopKSAE
 from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
+from lightning_sae.metrics import TokenCount
 from tests.helpers.architectures import D_MODEL, N_FEATURES, K, activations, every_architecture
 
 # A Trainer that only trains is right for a test, and Lightning remarks on it.
@@ -163,6 +164,28 @@ def test_settings_on_which_codes_depend_are_those_of_the_checkpoint(kind, name, 
         kind.load_from_checkpoint(path, hparams_file=tmp_path / "hparams.yaml")
     again = kind.load_from_checkpoint(path, **settings, aux_coefficient=0.0)  # of no code
     assert (again.k, again.importance) == (K, "affinity")
+
+
+class MeasuredSAE(TopKSAE):
+    """One that also counts held-out tokens by another name."""
+
+    def configure_metrics(self):
+        return super().configure_metrics() | {"counted": TokenCount()}
+
+
+def test_a_trained_sae_is_measured_by_a_class_that_extends_its_own(tmp_path):
+    trained = TopKSAE(D_MODEL, N_FEATURES, K)
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(trained, loader())
+    trainer.save_checkpoint(tmp_path / "topk.ckpt")
+    measured = MeasuredSAE.load_from_checkpoint(tmp_path / "topk.ckpt")
+    assert torch.equal(measured.W_dec, trained.W_dec)
+    for ckpt_path, sae in (
+        (None, measured),
+        (tmp_path / "topk.ckpt", MeasuredSAE(D_MODEL, N_FEATURES, K)),
+    ):
+        (found,) = quiet_trainer().test(sae, loader(), ckpt_path=ckpt_path)
+        assert found["test/counted"] == found["test/tokens"]
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
