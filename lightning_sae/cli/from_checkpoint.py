@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
     except (UsageError, OSError):  # which is told when the run begins
         return list(tokens)
     settings = []
-    if _class_of(config.model) == found.get("architecture") and TRAINED_WITH in found:
+    if found.get("architecture") in _kinds_of(config.model) and TRAINED_WITH in found:
         arguments = {"n_features": found.get("hyper_parameters", {}).get("n_features")}
+        # That of the configuration need not take what a class of the user's does.
+        settings.append(f"--model={config.model.class_path}")
         settings += _as_options("model", arguments | found[TRAINED_WITH])
     activations = found.get(_class_of(config.data), {}).get("activations", {})
     taken = config.data.get("init_args", {})  # a class of the user's may be about one model only
@@ -81,6 +84,12 @@ def _after_packaged(tokens: Sequence[str]) -> int:
             break
         last = end
     return last
+
+
+def _kinds_of(config: Any) -> list[str]:
+    """Return the names of a class and of those that it extends."""
+    kind: Any = pkgutil.resolve_name(config.class_path)
+    return [each.__name__ for each in getattr(kind, "__mro__", ())]
 
 
 def _class_of(config: Any) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
+from lightning_sae import TopKSAE
 from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH
 from lightning_sae.cli.from_checkpoint import with_its_settings
 
@@ -20,7 +21,8 @@ STATE = {
         "activations": {"model_name": "m", "weights": "ab", "layer": 0, "model_dtype": "float32"}
     },
 }
-OF_MODEL = ["--model.n_features=32", "--model.k=4", "--model.importance=affinity"]
+CLASS = "--model=lightning_sae.TopKSAE"
+OF_MODEL = [CLASS, "--model.n_features=32", "--model.k=4", "--model.importance=affinity"]
 OF_DATA = ["--data.model_name=m", "--data.layer=0", "--data.model_dtype=float32"]
 
 
@@ -29,6 +31,10 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     torch.save(STATE, "trained.ckpt")
     return tmp_path / "trained.ckpt"
+
+
+class MeasuredSAE(TopKSAE):
+    """One of the user's."""
 
 
 def config(path: Any, model: str = "TopKSAE", data: str = "ActivationDataModule") -> Namespace:
@@ -67,6 +73,13 @@ def test_a_class_of_the_user_s_is_given_what_it_takes(checkpoint: Path):
     line, own = ["test", "--config", "topk.yaml"], config(checkpoint)
     del own.data.init_args["model_name"]
     assert with_its_settings(line, own) == [*line, *OF_MODEL, *OF_DATA[1:]]
+
+
+def test_a_class_that_extends_the_trained_one_is_given_its_settings(checkpoint: Path):
+    line, own = ["test", "--config", "topk.yaml"], config(checkpoint)
+    own.model.class_path = f"{__name__}.MeasuredSAE"
+    found = with_its_settings(line, own)
+    assert found == [*line, f"--model={__name__}.MeasuredSAE", *OF_MODEL[1:], *OF_DATA]
 
 
 def test_a_user_s_own_configuration_is_all_the_user_s(checkpoint: Path):
