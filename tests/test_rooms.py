@@ -1,6 +1,7 @@
 """The layout of the package: what a file may import, how long it is, where its tests are."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def room(name: str) -> str:
 
 def test_every_file_is_in_a_room():
     assert {room(name) for name in FILES} - {"__init__"} == LEVEL.keys()
+
+
+def test_the_tour_names_each_room_and_only_files_that_there_are():
+    tour = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    _, table = tour.split("## The rooms")
+    assert {name for name in LEVEL if not re.search(rf"`{name}(/|\.py)`", table)} == {"__main__"}
+    named = set(re.findall(r"`([\w/]+\.py)`", tour))
+    assert not {file for file in named if not list(PACKAGE.rglob(file))}
 
 
 @pytest.mark.parametrize("name", FILES)
