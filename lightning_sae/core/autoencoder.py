@@ -128,7 +128,8 @@ class Autoencoder(Dictionary, ABC):
     def extra_losses(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms added to the reconstruction loss in training, by name.
 
-        By default the loss by which dead and dying features learn to explain the remaining error.
+        By default the loss by which dead and dying features learn to explain the remaining error. A
+        term named `reconstruction_loss` takes the place of the squared error.
 
         Args:
             scaled: Scaled activations, shape (tokens, d_model).

@@ -38,6 +38,17 @@ def test_learns_in_a_plain_loop(make):
     assert int(sae.history.tokens_seen) == 150 * 256
 
 
+def test_an_architecture_may_have_another_reconstruction_loss():
+    class AbsoluteSAE(TopKSAE):
+        def extra_losses(self, scaled, matches, error):
+            self.absolute = error.abs().mean()
+            return {"reconstruction_loss": self.absolute}
+
+    sae = AbsoluteSAE(D_MODEL, N_FEATURES, K)
+    loss, stats = sae.loss(activations())
+    assert loss == stats["loss"] == stats["reconstruction_loss"] == sae.absolute
+
+
 @every_architecture
 def test_gradients_equal_dense_autograd(make):
     """The loss, written out with dense codes and no shortcut, has the same gradients."""
