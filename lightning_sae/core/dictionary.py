@@ -13,13 +13,8 @@ from torch.nn import functional
 from lightning_sae.checks import require_positive
 from lightning_sae.core.decoder import Decoder
 from lightning_sae.core.input_scaling import NormalizeInputs, ScaledInputs
-from lightning_sae.core.loading import (
-    refuse_before_loading,
-    require_finite,
-    taken_from,
-    told_in_one_line,
-)
-from lightning_sae.core.state_format import FORMAT, upgrade_before_loading
+from lightning_sae.core.loading import refuse_unfit, require_finite, taken_from, told_in_one_line
+from lightning_sae.core.state_format import FORMAT, upgrade_state
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Layout, distribute, local, wide_rows
 from lightning_sae.selection.scores import Scores
@@ -76,8 +71,8 @@ class Dictionary(ScaledInputs):
         self.register_buffer("initialized", torch.tensor(False))
         self._gradient_form = GradientForm()
         self._gradient_form.watch(self.encoder.weight, self.decoder.weight)
-        upgrade_before_loading(self)
-        refuse_before_loading(self)
+        for hook in (upgrade_state, refuse_unfit):  # of a parent's `load_state_dict` too
+            self.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]  # as torch has it
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802 - the field's name

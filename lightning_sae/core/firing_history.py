@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sae.checks import require_positive
-from lightning_sae.core.loading import refuse_before_loading, require_finite
+from lightning_sae.core.loading import require_finite
 from lightning_sae.parallel import Ranks
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
@@ -41,7 +41,6 @@ class FiringHistory(nn.Module):
         self.register_buffer("tokens_seen", torch.tensor(0))
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64))
         self.register_buffer("density", torch.zeros(n_features, dtype=torch.float32))
-        refuse_before_loading(self)
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuse counts that no training leads to.

@@ -13,19 +13,7 @@ from torch import Tensor, nn
 from lightning_sae.checks import UsageError
 from lightning_sae.parallel import local
 
-__all__ = [
-    "refuse_before_loading",
-    "refuse_unfit",
-    "require_finite",
-    "taken_from",
-    "told_in_one_line",
-]
-
-
-def refuse_before_loading(module: nn.Module) -> None:
-    """Have `load_state_dict`, the module's own and any parent's, call `refuse_unfit` first."""
-    register: Any = module.register_load_state_dict_pre_hook  # torch does not annotate it
-    register(refuse_unfit)
+__all__ = ["refuse_unfit", "require_finite", "taken_from", "told_in_one_line"]
 
 
 def refuse_unfit(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

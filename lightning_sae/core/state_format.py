@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_sae.checks import UsageError
 
-__all__ = ["FORMAT", "is_sae", "rename", "require_known", "upgrade_before_loading", "upgrade_names"]
+__all__ = ["FORMAT", "is_sae", "rename", "require_known", "upgrade_names", "upgrade_state"]
 
 FORMAT: Final = 3
 
@@ -54,12 +54,6 @@ def upgrade_names(state_dict: MutableMapping[str, Any]) -> None:
             rename(state_dict, {prefix + old: prefix + new for old, new in TENSORS.items()})
 
 
-def upgrade_before_loading(module: nn.Module) -> None:
-    """Have `load_state_dict`, the module's own and any parent's, take states of every format."""
-    register: Any = module.register_load_state_dict_pre_hook  # torch does not annotate it
-    register(_upgrade)
-
-
 def rename(mapping: MutableMapping[str, Any], names: Mapping[str, str]) -> None:
     """Rename keys, which keep their place."""
     if any(name in mapping for name in names):
@@ -68,9 +62,14 @@ def rename(mapping: MutableMapping[str, Any], names: Mapping[str, str]) -> None:
         mapping.update(renamed)
 
 
-def _upgrade(
+def upgrade_state(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
 ) -> None:
+    """Bring a state up to date that is to be loaded: torch calls it, as one of its hooks.
+
+    Raises:
+        UsageError: If it is of a later format than this version knows.
+    """
     # A state dict without the note is an older one, or was made by something else than torch.
     require_known(metadata.get("version", 1))
     upgrade_names(state_dict)
