@@ -154,17 +154,11 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
         UsageError: It is no checkpoint, or is cut short.
         FileNotFoundError: It does not exist.
     """
-    try:
-        _require_no_larger_inside(path)
+    with _told_if_damaged(path):
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        complete = isinstance(found["state_dict"], dict)
-    except FileNotFoundError:
-        raise
-    except Exception:  # there is no end to what broken files raise
-        complete = False
-    if not complete:
-        raise UsageError(f"{path} is no checkpoint, or is damaged")
-    return dict(found)
+        if not isinstance(found["state_dict"], dict):
+            raise TypeError("a state dict is one")
+        return dict(found)
 
 
 def require_intact(path: str | Path) -> None:
@@ -175,22 +169,22 @@ def require_intact(path: str | Path) -> None:
             does not notice), or made to unpack to more than it is.
         FileNotFoundError: It does not exist.
     """
+    with _told_if_damaged(path), zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise ValueError("a checksum is wrong")
+
+
+@contextmanager
+def _told_if_damaged(path: str | Path) -> Iterator[None]:
     try:
-        _require_no_larger_inside(path)
         with zipfile.ZipFile(path) as archive:
-            intact = archive.testzip() is None
+            if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("compressed, which torch never does")
+        yield
     except FileNotFoundError:
         raise
     except Exception:  # there is no end to what broken files raise
-        intact = False
-    if not intact:
-        raise UsageError(f"{path} is no checkpoint, or is damaged")
-
-
-def _require_no_larger_inside(path: str | Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
-            raise ValueError("compressed, which torch never does")
+        raise UsageError(f"{path} is no checkpoint, or is damaged") from None
 
 
 def _temporary(target: Path) -> Path:
