@@ -62,7 +62,7 @@ class Resumption:
         self._checkpoint, self._read_by = dict(checkpoint), trainer.state
         checkpoint["lr_schedulers"] = []
         if trainer.strategy.restore_checkpoint_after_setup:
-            self._go_on(trainer)
+            self._resume_schedules(trainer)
 
     def watch(self, trainer: Any, names: Mapping[Tensor, str]) -> None:
         """Have optimizers take from a checkpoint only states that fit, and schedules their place.
@@ -78,7 +78,7 @@ class Resumption:
         self._before = []
         for optimizer in trainer.optimizers:
             optimizer.register_load_state_dict_pre_hook(partial(self._only_states, names=names))
-        self._go_on(trainer)
+        self._resume_schedules(trainer)
 
     def tell(self) -> None:
         """Say in one line which settings are others than in the checkpoint."""
@@ -87,7 +87,7 @@ class Resumption:
             rank_zero_info(f"The run goes on as it is configured: {', '.join(changes)}")
         self._before = []
 
-    def _go_on(self, trainer: Any) -> None:
+    def _resume_schedules(self, trainer: Any) -> None:
         saved, self._checkpoint = self._checkpoint, None
         if saved is None or trainer.state is not self._read_by:  # of a run that did not begin
             return
