@@ -119,7 +119,7 @@ class PretrainedAutoencoder(
         **options: Any,
     ) -> Self:
         found = read_config(model_id, config)
-        if found["architecture"] != cls.__name__:
+        if found["architecture"] not in {kind.__name__ for kind in cls.__mro__}:
             raise UsageError(
                 f"{model_id} is a {found['architecture']}, not a {cls.__name__}: "
                 "lightning_sae.load finds the class by itself"

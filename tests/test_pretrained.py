@@ -69,6 +69,16 @@ def test_a_decoder_that_a_foreign_loop_left_unnormalised_is_saved_normalised(tmp
     assert_close(rows.norm(dim=1), torch.ones(N_FEATURES))
 
 
+def test_a_class_may_load_what_one_was_that_it_extends(tmp_path: Path):
+    class MeasuredSAE(TopKSAE):
+        """The same, with a metric more, say."""
+
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    train(sae, 2)
+    x = activations()
+    assert torch.equal(MeasuredSAE.from_pretrained(saved(sae, tmp_path))(x), sae(x))
+
+
 def test_settings_may_change_that_do_not_change_a_code(tmp_path: Path):
     sae = MutualChoiceSAE(D_MODEL, N_FEATURES, K)
     train(sae, 2)

@@ -39,9 +39,8 @@ class Autoencoder(Dictionary, ABC):
     `forward`, `encode` and `match` are inference, in `train()` mode too: a token's code depends on
     that token alone, and nothing changes. Only `loss` chooses over the batch. In `train()` mode it
     also keeps the state that outlives a step up to date, as batch normalisation does: the first
-    batch sets the origin to its mean and the scale so that a centred token has a mean squared
-    length of d_model, both without its massive tokens (`lightning_sae.core.ordinary_tokens`); every
-    batch updates thresholds and the firing history.
+    batch sets origin and scale (`lightning_sae.core.input_scaling`); every batch updates thresholds
+    and the firing history.
 
     Activations of any floating-point type are taken, and what comes out has the type that went in.
 
