@@ -11,6 +11,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def typed_as(result: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype of another if that is a floating-point type, else as it is."""
+    return result.to(like.dtype) if like.is_floating_point() else result
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on a device that lacks it (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_sae import numerics
-from lightning_sae.numerics import just_above, just_below, ratio, wide, widest_float
+from lightning_sae.numerics import just_above, just_below, ratio, typed_as, wide, widest_float
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,12 @@ def test_wide_is_32_bits_at_least(dtype: torch.dtype, expected: torch.dtype):
 def test_what_is_wide_enough_is_not_copied():
     x = torch.ones(2)
     assert wide(x) is x
+
+
+def test_results_have_the_type_of_what_they_are_results_of():
+    result = torch.ones(2)
+    assert typed_as(result, torch.ones(2, dtype=torch.float16)).dtype == torch.float16
+    assert typed_as(result, torch.ones(2, dtype=torch.int64)) is result
 
 
 def test_the_widest_float_is_that_of_the_device():

@@ -133,13 +133,15 @@ class ThresholdSAE(SparseAutoencoder):
         the rarest feature: 100 times the inverse of its density.
 
         Args:
-            x: Activations, shape (tokens, d_model). Under data parallelism, those of this rank; the
-                threshold is that of all together.
+            x: Activations, shape (tokens, d_model), of which those count that training does not
+                leave out. Under data parallelism, those of this rank; the threshold is that of all
+                together.
 
         Raises:
             ValueError: If x is not d_model wide, or there are no tokens.
             FloatingPointError: If affinities are NaN or infinite.
         """
+        x = self.ordinary(x)
         if not self.layout.ranks.count(x, x.device):
             raise UsageError("calibrate takes activations of at least one token")
         self.threshold.copy_(self.calibrated(self.scaled(x)))

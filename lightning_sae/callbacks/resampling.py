@@ -125,7 +125,7 @@ class ResampleDeadFeatures(Callback):
 
     @torch.no_grad()
     def _draw(self, module: SparseAutoencoder, x: Tensor, ranks: Ranks) -> None:
-        x = x.reshape(-1, module.d_model)
+        x = module.ordinary(x.reshape(-1, module.d_model))
         scaled = module.scaled(x)
         error = scaled - module.reconstruct(module.match(x))
         self._sample.add(

@@ -20,7 +20,7 @@ from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.core.ordinary_tokens import MASSIVE, is_massive
 from lightning_sae.core.revival import Revival
 from lightning_sae.matches import Matches
-from lightning_sae.numerics import wide
+from lightning_sae.numerics import typed_as, wide
 from lightning_sae.parallel import local
 from lightning_sae.selection import Scores
 from lightning_sae.sparse import EncoderScores
@@ -108,11 +108,7 @@ class Autoencoder(Dictionary, ABC):
         """Choose each token's matches without regard to the other tokens of the batch."""
 
     def prepare(self, x: Tensor) -> None:
-        """Turn what a schedule turns, before a training batch is chosen from.
-
-        Args:
-            x: Activations, shape (tokens, d_model).
-        """
+        """Turn what a schedule turns, before a batch (tokens, d_model) is chosen from."""
         if not self.initialized and self.layout.ranks.count(x, x.device):
             self.initialize(x)
 
@@ -155,11 +151,10 @@ class Autoencoder(Dictionary, ABC):
         """Return the reconstruction of activations (..., d_model), in the same shape and dtype.
 
         Raises:
-            ValueError: If the last dimension of x is not d_model, or before thresholds were
-                learned.
+            ValueError: If x is not d_model wide, or before thresholds were learned.
         """
         scaled = self.reconstruct(self.match(x.reshape(-1, x.shape[-1]))).view(x.shape)
-        return _typed_as(scaled / self.scales(x), x)
+        return typed_as(scaled / self.scales(x), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense codes, shape (..., n_features), of activations (..., d_model).
@@ -167,7 +162,7 @@ class Autoencoder(Dictionary, ABC):
         In the dtype of the activations. Raises as `forward` does.
         """
         codes = self.match(x.reshape(-1, x.shape[-1])).to_dense()
-        return _typed_as(codes, x).view(*x.shape[:-1], self.n_features)
+        return typed_as(codes, x).view(*x.shape[:-1], self.n_features)
 
     def match(self, x: Tensor) -> Matches:
         """Return the matches of activations (tokens, d_model): `encode` without the zeros.
@@ -183,6 +178,12 @@ class Autoencoder(Dictionary, ABC):
         return self.matches_of(scaled, chosen)
 
     # Training
+
+    def ordinary(self, x: Tensor) -> Tensor:
+        """Return those of some activations (tokens, d_model) that training does not leave out."""
+        if self.max_norm_multiple is None or not self.initialized:
+            return x
+        return x[~self._massive(x)]
 
     def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch and the figures worth logging.
@@ -206,8 +207,7 @@ class Autoencoder(Dictionary, ABC):
         if self.training:
             self.prepare(x)
         scaled = self.scaled(x)
-        centred = (x - self.input_mean) * self.input_scale
-        massive = is_massive(centred, self.max_norm_multiple or MASSIVE)
+        massive = self._massive(x)
         leave_out = self.training and self.max_norm_multiple is not None
         scaled = scaled[~massive] if leave_out else scaled
         scores = self.scores(scaled)
@@ -266,6 +266,10 @@ class Autoencoder(Dictionary, ABC):
             chosen = chosen.with_values(self.affinities_of(scaled, chosen))
         return self.with_gradient(scaled, chosen)
 
+    def _massive(self, x: Tensor) -> Tensor:
+        centred = (x - self.input_mean) * self.input_scale
+        return is_massive(centred, self.max_norm_multiple or MASSIVE)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move buffers between devices, but keep them in float32 when weights become 16-bit.
 
@@ -294,7 +298,3 @@ class Autoencoder(Dictionary, ABC):
                 f"affinities are not finite after {self.history.tokens_seen.item()} tokens: "
                 "lower the learning rate, or look for NaN or infinite activations"
             ) from None
-
-
-def _typed_as(result: Tensor, x: Tensor) -> Tensor:
-    return result.to(x.dtype) if x.is_floating_point() else result

@@ -16,6 +16,7 @@ from lightning_sae.core.input_scaling import NormalizeInputs, ScaledInputs
 from lightning_sae.core.loading import refuse_unfit, require_finite, taken_from, told_in_one_line
 from lightning_sae.core.state_format import FORMAT, upgrade_state
 from lightning_sae.matches import Matches
+from lightning_sae.numerics import typed_as
 from lightning_sae.parallel import Layout, distribute, local, wide_rows
 from lightning_sae.selection.scores import Scores
 from lightning_sae.sparse import (
@@ -187,7 +188,7 @@ class Dictionary(ScaledInputs):
             (same,) = share.fan_out(codes)
             own = same[..., share.here].to(directions.dtype)
             x = (share.sum(own @ directions) + origin) / self.scales(like)
-        return x.to(codes.dtype) if codes.is_floating_point() else x
+        return typed_as(x, codes)
 
     @torch.no_grad()
     def affinities_of(self, scaled: Tensor, matches: Matches) -> Tensor:

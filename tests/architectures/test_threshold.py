@@ -51,6 +51,20 @@ def test_calibration_takes_tokens():
         sae.calibrate(torch.zeros(0, 8))
 
 
+def test_tokens_that_training_leaves_out_have_no_part_in_calibration():
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(8, 24, k=3, importance="affinity", max_norm_multiple=8.0)
+    x = superposition(512, 8, n_features=16, seed=0)
+    sae.loss(x)
+    sae.calibrate(x)
+    expected = sae.threshold.clone()
+    massive = x[:8] + 1000
+    sae.calibrate(torch.cat([massive, x]))
+    assert sae.threshold == expected
+    with pytest.raises(ValueError, match="calibrate takes activations of at least one token"):
+        sae.calibrate(massive)
+
+
 def test_calibration_gives_k_matches_a_token_on_these_tokens():
     sae = MutualChoiceSAE(8, 24, k=3)
     sae.loss(superposition(64, 8, n_features=16, seed=0))

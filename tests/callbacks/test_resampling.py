@@ -55,6 +55,17 @@ def test_inputs_are_drawn_by_the_square_of_their_loss():
     torch.testing.assert_close(resample._sample.rows, expected.rows)
 
 
+def test_what_training_leaves_out_is_not_drawn():
+    sae = sae_with_dead_features(max_norm_multiple=8.0)
+    sae.loss(batch(0))
+    x = batch(1)
+    x[3] += 1000
+    resample = ResampleDeadFeatures()
+    resample._draw(sae, x, Ranks())
+    expected = {tuple(row.tolist()) for row in sae.scaled(x)[torch.arange(TOKENS) != 3]}
+    assert {tuple(row.tolist()) for row in resample._sample.rows} <= expected
+
+
 # What it changes
 
 
