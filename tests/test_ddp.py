@@ -39,6 +39,9 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "mutual, helping dead and dying": lambda: MutualChoiceSAE(
         8, 48, 3, dead_after_tokens=2 * TOKENS, importance="affinity"
     ),
+    "mutual, on ordinary tokens": lambda: MutualChoiceSAE(
+        8, 48, 3, dead_after_tokens=2 * TOKENS, importance="affinity", max_norm_multiple=1.3
+    ),
     "mutual, helping them by some tokens": lambda: MutualChoiceSAE(
         8, 48, 3, dead_after_tokens=2 * TOKENS, aux_every=4, importance="affinity"
     ),
@@ -109,6 +112,25 @@ def test_ranks_train_as_one_would(case: str, ranks: int):
             exact = not value.is_floating_point()
             tolerance = 0 if exact else 1e-9 if value.dtype == torch.float64 else 1e-6
             torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def gradients(rank: int, cuts: list[int], case: str) -> list[Tensor]:
+    """Return the mean over ranks of the gradients of one batch, which is shared out as told."""
+    torch.manual_seed(0)
+    sae = CASES[case]().double()
+    for step in range(4):  # some features are dead by the last
+        sae.zero_grad()
+        batch = superposition(TOKENS, 8, n_features=16, seed=step).double()
+        sae.loss(batch.split(cuts)[rank])[0].backward()
+    return [RANKS.mean(parameter.grad) for parameter in sae.parameters()]
+
+
+@pytest.mark.parametrize("cuts", [[100, 28], [0, 128]])
+@pytest.mark.parametrize("case", ["standard", "topk", "mutual, helping dead and dying"])
+def test_each_token_counts_alike_however_many_a_rank_has(case: str, cuts: list[int]):
+    expected = gradients(0, [TOKENS], case)
+    for found in run_on(2, gradients, cuts, case):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def choose_locally(rank: int) -> tuple[float, ...]:

@@ -198,7 +198,8 @@ class Autoencoder(Dictionary, ABC):
             The loss, 0-d with gradient, and a dictionary of detached 0-d tensors: each term of the
             loss, `l0` (matches per token) and its spread `l0_std`, `fvu`, `dead_fraction`,
             `massive_fraction`, and `threshold` where there is one. In `train()` mode they are those
-            of all ranks' tokens; the loss itself is this rank's, as its gradient is.
+            of all ranks' tokens. The loss itself is this rank's, with a weight by its tokens, so
+            that the mean over ranks of its gradient is that of all tokens, however they are shared.
 
         Raises:
             ValueError: If x is not d_model wide, or its affinities are not finite.
@@ -219,15 +220,16 @@ class Autoencoder(Dictionary, ABC):
         if self.training:
             terms |= self.extra_losses(scaled, matches, error)
         loss = torch.stack(list(terms.values())).sum()
-        if self.training:
-            with torch.no_grad():
-                self.history.update(matches.per_feature(), len(scaled), self.layout.ranks)
-                self.observe(scores, choice)
-        ranks = self.layout.ranks if self.training else None
         means = {"loss": loss, **terms, "massive_fraction": massive.sum() / max(1, len(scaled))}
+        ranks = self.layout.ranks if self.training else None
         stats = batch_statistics(means, matches, scaled, error, ranks)
         if leave_out:  # so far for each token that is left
             stats["massive_fraction"] /= 1 + stats["massive_fraction"]
+        if ranks is not None:
+            with torch.no_grad():
+                total = self.history.update(matches.per_feature(), len(scaled), ranks)
+                self.observe(scores, choice)
+            loss = loss * (len(scaled) * ranks.size / total.to(loss).clamp_min(1))
         stats["dead_fraction"] = self.history.dead().float().mean()
         stats |= self.threshold_statistics()
         return loss, {name: value.detach() for name, value in stats.items()}

@@ -71,8 +71,8 @@ class FiringHistory(nn.Module):
         return torch.zeros_like(self.density)
 
     @torch.no_grad()
-    def update(self, fires: Tensor, tokens: int, ranks: Ranks) -> None:
-        """Count a batch.
+    def update(self, fires: Tensor, tokens: int, ranks: Ranks) -> Tensor:
+        """Count a batch, and return how many tokens it has on all ranks, int64, 0-d.
 
         Args:
             fires: Matches of each feature on this rank, int64, shape (n_features,).
@@ -80,8 +80,8 @@ class FiringHistory(nn.Module):
             ranks: Over which both are added up.
         """
         counts = torch.cat([fires, self.tokens_seen.new_tensor([tokens])])
-        fires, total = ranks.all_reduce(counts).split([len(fires), 1])
-        total = total.squeeze()
+        fires, total_row = ranks.all_reduce(counts).split([len(fires), 1])
+        total: Tensor = total_row.squeeze()
         self.tokens_seen += total
         self.tokens_since_fired += total
         self.tokens_since_fired.masked_fill_(fires > 0, 0)
@@ -91,3 +91,4 @@ class FiringHistory(nn.Module):
         # without tokens has no share in the mean.
         share = fires.float() / total.clamp_min(1)
         self.density.lerp_(share, total.float() / window.clamp_min(1))
+        return total
