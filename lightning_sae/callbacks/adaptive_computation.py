@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_sae.callbacks.drawing import DARK, LIGHT, MEDIUM, add_figures, empty_figure
-from lightning_sae.callbacks.held_out import HeldOutCallback
+from lightning_sae.callbacks.held_out import HeldOutCallback, known_of
 from lightning_sae.checks import UsageError
 from lightning_sae.metrics import Correlation, next_token_losses
+from lightning_sae.metrics.runs import kept_and_scored
 from lightning_sae.parallel import Ranks
 from lightning_sae.residual_stream import ResidualStream
 
@@ -41,7 +42,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
       token are large, and pass a threshold more often.
 
     Nothing is logged where every token has the same number of matches, as in TopK. Measured are
-    tokens that have both losses, so neither the first nor the last of a context.
+    tokens that have both losses, so neither the first nor the last of a context, nor padding.
 
     Into TensorBoard go the figures `matches_by_surprise` and `matches_per_token`, drawn from the
     tokens of the first device.
@@ -72,14 +73,19 @@ class AdaptiveComputationCallback(HeldOutCallback):
         self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
     ) -> None:
         """Run the language model on a batch and compare its losses with the SAE's matches."""
-        input_ids, kept = batch["input_ids"], batch["kept"]
-        scored = kept.clone()
-        scored[:, [0, -1]] = False
+        input_ids, kept, known = batch["input_ids"], batch["kept"], known_of(batch)
+        mask = known.get("attention_mask")
+        _, scored = kept_and_scored(input_ids, kept, mask)
+        scored[:, 0] = False  # no token before it that could predict it
+        if mask is not None:
+            scored[:, 1:] &= mask[:, :-1] != 0
         x = batch["activations"][scored[kept]]  # (scored, d_model)
         matches = pl_module.match(x).per_token()
         losses = self.remembered(
-            lambda: _losses(residual_stream, input_ids, batch.get("states")),
-            *(residual_stream, input_ids),
+            lambda: next_token_losses(
+                residual_stream.replace(input_ids, lambda x: x, **known), input_ids
+            ),
+            *(residual_stream, batch),
         )
         inner = scored[:, 1:-1]
         hardness = {
@@ -105,11 +111,6 @@ class AdaptiveComputationCallback(HeldOutCallback):
         }
         if len(matches):
             add_figures(trainer, figures)
-
-
-def _losses(residual_stream: ResidualStream, input_ids: Tensor, states: Tensor | None) -> Tensor:
-    known = {} if states is None else {"states": states}
-    return next_token_losses(residual_stream.replace(input_ids, lambda x: x, **known), input_ids)
 
 
 def plot_matches_by_loss(matches: Tensor, loss: Tensor) -> Figure:

@@ -27,8 +27,9 @@ class HeldOutCallback(Callback, ABC):
 
     It needs a datamodule with the language model as `residual_stream`, whose batches are mappings
     with `activations`, `input_ids` and `kept`, as `ActivationDataModule` has; with other data it
-    does nothing. Which contexts these are does not depend on the number of devices where a batch
-    says with `first` which of all contexts is the first of its own.
+    does nothing. An `attention_mask` there tells padding (0) from tokens (1). Which contexts these
+    are does not depend on the number of devices where a batch says with `first` which of all
+    contexts is the first of its own.
 
     Args:
         tokens: Tokens to measure on, over all devices, counted as the data module counts
@@ -108,22 +109,28 @@ class HeldOutCallback(Callback, ABC):
         self._memory = {}
 
     def remembered(
-        self, compute: Callable[..., T], residual_stream: ResidualStream, *decisive: Tensor
+        self,
+        compute: Callable[..., T],
+        residual_stream: ResidualStream,
+        batch: Mapping[str, Tensor],
+        *decisive: Tensor,
     ) -> T:
-        """Return `compute()`, or what it returned in this run for the same tensors.
+        """Return `compute()`, or what it returned in this run for the same contexts and tensors.
 
         A language model that is being trained is not remembered.
 
         Args:
-            compute: Depends on nothing but the language model and these tensors.
+            compute: Depends on nothing but the language model, the contexts and these tensors.
             residual_stream: The language model.
+            batch: Whose contexts they are.
             decisive: The tensors, of any shapes.
         """
         model = getattr(residual_stream, "model", None)
         if model is None or any(weight.requires_grad for weight in model.parameters()):
             return compute()
         digest = hashlib.sha256()
-        for tensor in decisive:
+        contexts = [batch[name] for name in ("input_ids", "attention_mask") if name in batch]
+        for tensor in (*contexts, *decisive):
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}".encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         key = digest.hexdigest()
@@ -159,6 +166,11 @@ class HeldOutCallback(Callback, ABC):
         # Data that is not usable is not usable on any rank, so all ranks log, or none.
         if self._seen > 0:
             self.log_results(trainer, pl_module, stage)
+
+
+def known_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a batch says of its contexts that `ResidualStream.replace` takes, by name."""
+    return {name: batch[name] for name in ("attention_mask", "states") if name in batch}
 
 
 def _first(contexts: int, batch: Mapping[str, Any]) -> Mapping[str, Any]:

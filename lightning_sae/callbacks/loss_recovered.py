@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_sae.callbacks.held_out import HeldOutCallback
+from lightning_sae.callbacks.held_out import HeldOutCallback, known_of
 from lightning_sae.metrics import LossRecovered
 from lightning_sae.metrics.loss_recovered import ablated_losses
 from lightning_sae.parallel import Ranks
@@ -44,12 +44,10 @@ class LossRecoveredCallback(HeldOutCallback):
     ) -> None:
         """Run the language model on a batch, as it is, spliced and ablated."""
         ids, kept, mean = batch["input_ids"], batch["kept"], pl_module.input_mean
-        mask = batch.get("attention_mask")
-        known = {"attention_mask": mask, "states": batch.get("states")}
+        known = known_of(batch)
         ablated = self.remembered(
             lambda: ablated_losses(residual_stream, ids, kept, mean, **known),
-            residual_stream,
-            *((ids, kept, mean) if mask is None else (ids, kept, mean, mask)),
+            *(residual_stream, batch, kept, mean),
         )
         self._metric.to(pl_module.device).update(
             residual_stream, ids, pl_module, kept, mean, ablated=ablated, **known

@@ -1,14 +1,15 @@
-"""What only shows on two devices; the rest is tested with the callbacks that there are."""
+"""What only shows on two devices or in padding; the rest is tested with the callbacks."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from lightning_sae.callbacks import AdaptiveComputationCallback, LossRecoveredCallback
 from lightning_sae.data import HeldOutBatches
-from tests.callbacks.fakes import LENGTH, FakeData, FakeLanguageModel, FakeSAE
+from tests.callbacks.fakes import D_MODEL, LENGTH, FakeData, FakeLanguageModel, FakeSAE
 from tests.helpers.ddp import run_on_two
 
 CALLBACKS = {"loss": LossRecoveredCallback, "adaptive": AdaptiveComputationCallback}
@@ -56,6 +57,43 @@ def test_what_is_measured_does_not_depend_on_the_number_of_devices(name):
         for case, found, expected in zip(cases, values, alone, strict=True):
             assert found == pytest.approx(expected, rel=1e-5, nan_ok=True), case
     assert sum(len(values) > 0 for values in alone) > len(cases) / 2
+
+
+class Remembering(FakeLanguageModel):
+    """Reads the sum of the tokens so far, but for padding."""
+
+    def replace(self, input_ids, edit, attention_mask=None):
+        self.runs += 1
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        read = edit(self.embeddings[input_ids]) * mask.unsqueeze(-1)
+        return read.cumsum(1) @ self.embeddings.T
+
+
+def padded(batch, before, after):
+    """The same contexts with padding around them, which is kept as if it were text."""
+    ids = functional.pad(batch["input_ids"], (before, after), value=7)
+    mask = functional.pad(torch.ones_like(batch["input_ids"]), (before, after))
+    kept = functional.pad(batch["kept"], (before, after), value=True)
+    x = torch.full((*ids.shape, D_MODEL), 50.0)
+    x[:, before : before + LENGTH][batch["kept"]] = batch["activations"]
+    return {"activations": x[kept], "input_ids": ids, "kept": kept, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_padded_contexts_give_what_they_give_alone(name):
+    data = FakeData()
+    data.residual_stream = Remembering()
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=False, datamodule=data)
+    shapes = [(0, 2), (2, 0), (1, 1)]
+    batches = [padded(batch, *shape) for batch, shape in zip(data.batches, shapes, strict=True)]
+    callback = CALLBACKS[name](tokens=1000)
+    expected = run_callback(callback, data.batches, trainer)
+    assert expected
+    found = run_callback(callback, batches, trainer)
+    assert found == pytest.approx(expected, rel=1e-5)
+    # The same tokens with other padding are others.
+    other = [{**batch, "attention_mask": batch["attention_mask"].flip(1)} for batch in batches]
+    assert run_callback(callback, other, trainer) != pytest.approx(found, rel=1e-3)
 
 
 def measure_alone_on_rank(rank, tokens):
