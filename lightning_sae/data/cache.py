@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_sae.checks import UsageError
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["ActivationCache", "model_fingerprint"]
+__all__ = ["ActivationCache", "model_fingerprint", "weights_fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,15 @@ class ActivationCache:
             save_tensors({"activations": activations}, file)
         except OSError as error:
             raise UsageError(f"cache_dir: {error}") from error
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Return what tells these weights from all others, as 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def model_fingerprint(path: str, revision: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError, require_at_least
-from lightning_sae.data.cache import ActivationCache, model_fingerprint
+from lightning_sae.data.cache import ActivationCache, model_fingerprint, weights_fingerprint
 from lightning_sae.quickstart import FOLDER
 from lightning_sae.residual_stream import ResidualStream, check_layer
 
@@ -78,10 +78,24 @@ class FrozenModel(ABC):
         """What an activation is: the model by its name and its weights, the layer and the dtype."""
         return {
             "model_name": self.name,
-            "weights": self._fingerprint,
+            "weights": self.fingerprint,
             "layer": self.layer,
             "model_dtype": self.dtype,
         }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the weights from all others.
+
+        That of the files, or of the weights themselves where there are none: `load` of a subclass
+        may have them from elsewhere. A subclass that overrides it can do without loading them.
+        """
+        try:
+            _ = self._config_saved  # first, so that the cache of the hub has it
+        except UsageError:
+            device = torch.device("cpu") if self._stream is None else self._stream.device
+            return weights_fingerprint(self.residual_stream(device).model.state_dict())
+        return model_fingerprint(self._path, self._revision)
 
     @property
     def revision(self) -> str | None:
@@ -136,7 +150,7 @@ class FrozenModel(ABC):
         read = partial(self.read, device=device)
         if cache_dir is None:
             return read
-        folder = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self._fingerprint}"
+        folder = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self.fingerprint}"
         return ActivationCache(
             read,
             Path(cache_dir).expanduser() / folder,
@@ -167,11 +181,6 @@ class FrozenModel(ABC):
 
         config: PretrainedConfig = self._from_pretrained(AutoConfig)
         return config
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        _ = self._config_saved  # first, so that the cache of the hub has it
-        return model_fingerprint(self._path, self._revision)
 
     def _from_pretrained(self, auto_class: Any, **options: Any) -> Any:
         with self._one_line_errors():

@@ -229,7 +229,8 @@ class FrozenModelDataModule(KeepsPlace, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place right after the batch consumed last, and what was read up to there."""
-        inputs = fingerprint(vars(self).get("_train_inputs"))  # None unless they were needed
+        needed = "_train_inputs" in vars(self)
+        inputs = self._inputs_fingerprint if needed else None
         noted = {"activations": self.model.description, "inputs": inputs}
         return super().state_dict() | noted
 
@@ -260,6 +261,10 @@ class FrozenModelDataModule(KeepsPlace, ABC):
     @cached_property
     def _train_inputs(self) -> Inputs:
         return self.train_inputs()
+
+    @cached_property
+    def _inputs_fingerprint(self) -> str | None:
+        return fingerprint(self._train_inputs)
 
     @cached_property
     def _held_out_inputs(self) -> dict[str, list[Tensor]]:

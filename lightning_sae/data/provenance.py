@@ -17,12 +17,11 @@ ORDER: Final = frozenset({"model_name", "batch_size", "batches_per_block"})
 """Arguments that decide which inputs a place in the stream means, though not which there are."""
 
 
-def fingerprint(inputs: Inputs | None) -> str | None:
+def fingerprint(inputs: Inputs) -> str | None:
     """Return what tells inputs from others, as 16 hexadecimal digits: their number and a few.
 
     Returns:
-        None if there are none, they have no length and would have to be read in order, or they are
-        others each time.
+        None if they have no length and would have to be read in order, or are others each time.
     """
     if not hasattr(inputs, "__len__"):
         return None

@@ -1,15 +1,18 @@
 """What all frozen models do, seen on a language model."""
 
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_sae.checks import UsageError
+from lightning_sae.data import frozen_model as frozen_model_file
 from lightning_sae.data.language_model import LanguageModel
 from tests.data.tiny import D_MODEL
 
@@ -133,6 +136,50 @@ def test_threads_load_the_model_once(model_folder, monkeypatch):
         streams = [pool.submit(model.residual_stream, CPU) for _ in range(2)]
     assert streams[0].result() is streams[1].result()
     assert len(loaded) == 1
+
+
+class OwnModel(LanguageModel):
+    """Has its weights from no file, but from a seed."""
+
+    def __init__(self, seed):
+        super().__init__("of my own", layer=1)
+        self.seed, self.loaded = seed, 0
+
+    @cached_property
+    def config(self):
+        return GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=32)
+
+    def load(self):
+        self.loaded += 1
+        torch.manual_seed(self.seed)
+        return GPT2LMHeadModel(self.config)
+
+
+def test_weights_that_are_in_no_file_are_told_apart_too(tmp_path):
+    model, same, other = OwnModel(0), OwnModel(0), OwnModel(1)
+    assert re.fullmatch("[0-9a-f]{16}", model.description["weights"])
+    assert same.description == model.description
+    assert other.description["weights"] != model.description["weights"]
+    ids = torch.zeros(2, 3).long()
+    assert model.reader(CPU, str(tmp_path))(ids).shape == (2, 3, 8)
+    assert model.loaded == 1
+
+    class Named(OwnModel):
+        fingerprint = "seed-0"
+
+    named = Named(0)
+    assert named.description["weights"] == "seed-0"
+    assert named.loaded == 0
+
+
+def test_files_are_hashed_once(model_folder, monkeypatch):
+    model, calls = frozen_model(model_folder), []
+    hashed = frozen_model_file.model_fingerprint
+    monkeypatch.setattr(
+        frozen_model_file, "model_fingerprint", lambda *name: calls.append(name) or hashed(*name)
+    )
+    assert model.description == model.description
+    assert len(calls) == 1
 
 
 def test_it_says_what_it_is():

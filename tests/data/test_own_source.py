@@ -186,3 +186,20 @@ def test_inputs_of_another_length_are_told(model_folder, lengths: list[int], sai
     for batches in (data.train_dataloader, data.val_dataloader):
         with pytest.raises(UsageError, match=said):
             next(iter(batches()))
+
+
+def test_inputs_are_looked_at_once_for_all_checkpoints():
+    class Counted(list):
+        read = 0
+
+        def __getitem__(self, number):
+            self.read += 1
+            return super().__getitem__(number)
+
+    train = Counted(contexts(40))
+    data = TokenListDataModule(train, contexts(15, seed=1), **SMALL)
+    data.prepare_data()
+    first, read = data.state_dict(), train.read
+    assert first["inputs"] is not None
+    assert data.state_dict() == first
+    assert train.read == read
