@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -51,16 +52,17 @@ def own_folders(trainer: pl.Trainer, subcommand: str) -> Iterator[None]:
                 _take(trainer, subcommand, made, held)
             yield
         except BaseException:
-            if subcommand != "fit" or not run.has_stepped(trainer):
+            if subcommand != "fit" or not run.has_stepped:
                 _remove(made)
             raise
 
 
 class _Run(Callback):
-    """What the ranks of a run know of it."""
+    """What the processes of a run know of it, among them those that `ddp_spawn` starts."""
 
     def __init__(self) -> None:
-        self._first: int | None = None  # step
+        self._first = 0  # step
+        self._stepped = torch.tensor(False).share_memory_()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let all ranks have the versions that the first has taken."""
@@ -71,9 +73,15 @@ class _Run(Callback):
         """Note where a run starts that may be a resumed one."""
         self._first = trainer.global_step
 
-    def has_stepped(self, trainer: pl.Trainer) -> bool:
-        """Return whether this run has taken a step of its own."""
-        return self._first is not None and trainer.global_step > self._first
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note whether this run has taken a step of its own."""
+        if trainer.global_step > self._first:
+            self._stepped.fill_(True)
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether this run has taken a step of its own."""
+        return bool(self._stepped)
 
 
 def _take(trainer: pl.Trainer, subcommand: str, made: list[Made], held: ExitStack) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_sae import ActivationDataModule, SparseAutoencoder
 from lightning_sae.checks import UsageError
@@ -190,6 +192,25 @@ def test_folders_without_a_run_are_gone_with_their_parents(tmp_path):
     with pytest.raises(ZeroDivisionError), own_folders(run, "fit"):
         log_and_fail()
     assert not list(tmp_path.iterdir())
+
+
+class FailAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            fail()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_logs_of_steps_that_were_taken_in_another_process_stay(step, tmp_path):
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    run = trainer(tmp_path, FailAt(step), logger=logger, strategy="ddp_spawn", devices=1)
+    with pytest.raises(ProcessRaisedException, match="as asked"), own_folders(run, "fit"):
+        run.fit(FakeSAE(), tensors())
+    found = [path.name for path in tmp_path.rglob("version_*")]
+    assert found == (["version_0"] if step else [])
 
 
 def test_two_predictions_do_not_mix(text, tmp_path, monkeypatch):
