@@ -8,6 +8,7 @@ where they are given the settings (`refusals`), or is an exception that its libr
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,8 +31,14 @@ UNTOLD: Final = (
     "Expected a path but",
     "Not a valid subclass",
     "Subclass types",
+    "a class path (str)",
+    "a dict with",
 )
 """How lines of jsonargparse's messages begin that tell about its own workings."""
+CALLABLE: Final = re.compile(
+    r"Type .+ expects a function or a callable class: |\. Got value: Namespace\(.*"
+)
+"""What jsonargparse puts around the reason why an optimizer, say, cannot be made."""
 GLOO: Final = ("/gloo/", "caused pair closure")
 """What its errors contain, which have no class of their own."""
 NO_METRIC: Final = "Early stopping conditioned on metric"
@@ -75,10 +82,36 @@ def refusals(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def one_line(message: str) -> str:
-    """Return what a message says about the user's input, without the parser's own workings."""
-    lines = (line.strip(" -").rstrip(":") for line in message.splitlines())
-    told = dict.fromkeys(line for line in lines if line and not line.startswith(UNTOLD))
+    """Return what a message says about the user's input, without the parser's own workings.
+
+    What jsonargparse says of a key inside others, in lines further and further in, becomes one
+    line about the whole dotted key.
+    """
+    told: dict[str, None] = {}
+    around: dict[int, str] = {}  # keys, by how far in
+    whole = "Problem with given class_path" in message  # of which a part is what matters
+    for line in CALLABLE.sub("", message).splitlines():
+        words = line.strip(" -").rstrip(":")
+        if not words or words.startswith(UNTOLD) or (whole and words.startswith("Given value")):
+            continue
+        path = ".".join(around.values())
+        key = re.fullmatch(r'Parser key "(.+)"', words)
+        if key is not None:
+            depth = len(line) - len(line.lstrip(" -"))
+            around = {far: name for far, name in around.items() if far < depth} | {depth: key[1]}
+            _drop_last(told, "Problem with given class_path")
+            _drop_last(told, "Parser key")
+            words = f'Parser key "{".".join(around.values())}"'
+        elif path and words.startswith(("Option '", "unrecognized arguments: --")):
+            words = re.sub("('|--)", rf"\g<1>{path}.", words, count=1)
+            told.pop(f'Parser key "{path}"', None)
+        told[words] = None
     return ": ".join(["lightning_sae: error", *told])
+
+
+def _drop_last(told: dict[str, None], beginning: str) -> None:
+    if told and next(reversed(told)).startswith(beginning):
+        told.popitem()
 
 
 def _told(error: Exception) -> str | None:

@@ -25,7 +25,13 @@ class Parser(LightningArgumentParser):
     """The configuration that is being read, and so has the mistake."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what of the message is about the user's input, and exit with 2."""
+        """Print what of the message is about the user's input, and exit with 2.
+
+        Raises:
+            ArgumentError: In the parser of a class inside another: that has more to say.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
         self.exit(2, f"{one_line(self.reading + message)}\n")
 
     def validate(self, *args: Any, **kwargs: Any) -> None:

@@ -55,16 +55,38 @@ def test_anything_else_is_a_bug_and_comes_without_wrappings(type_):
 
 
 @pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--data.model.nosuch=1", "unrecognized arguments: --data.model.nosuch=1\n"),
+        ("--model.optimizer.nosuch=1", "error: Option 'model.optimizer.nosuch' is not accepted\n"),
+        ("--model.optimizer.lr=x", "\"model.optimizer.lr\": Expected a <class 'float'>"),
+        ("--model.k=x", "error: Parser key \"model.k\": Expected a <class 'int'>. Got value: x\n"),
+    ],
+)
+def test_a_key_is_told_with_all_that_it_is_in(argument, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning_sae"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "topk.yaml", argument])
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("written", "told"),
     [
         ("trainer: {max_step: 3}", "option 'trainer.max_step', did you mean 'trainer.max_steps'?"),
-        ("data: {init_args: {contxt_length: 3}}", "'contxt_length' is not accepted, did you mean"),
+        (
+            "data: {init_args: {contxt_length: 3}}",
+            "'data.contxt_length' is not accepted, did you mean",
+        ),
         (
             "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {monitr: x}}]}",
-            "'monitr' is not accepted, did you mean 'monitor'?",
+            "ModelCheckpoint': Option 'trainer.callbacks.monitr' is not accepted, did you mean",
         ),
-        ("model: {init_args: {optimizer: {init_args: {lrr: 1}}}}", "did you mean 'lr'?"),
-        ("model: {init_args: {nonsense: 1}}", "Option 'nonsense' is not accepted\n"),
+        (
+            "model: {init_args: {optimizer: {init_args: {lrr: 1}}}}",
+            "'model.optimizer.lrr' is not accepted, did you mean 'lr'?",
+        ),
+        ("model: {init_args: {nonsense: 1}}", "Option 'model.nonsense' is not accepted\n"),
     ],
 )
 def test_a_wrong_key_is_told_with_the_nearest_right_one(
