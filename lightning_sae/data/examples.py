@@ -140,8 +140,8 @@ def _load(
         if isinstance(cause, SchemaInferenceError | StopIteration):  # what an empty file raises
             raise _nothing(modality, called) from error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        if isinstance(cause, UnicodeDecodeError) and local is not None:
-            every = itertools.chain(*local.values())
+        if isinstance(cause, UnicodeDecodeError) and isinstance(where, Path):
+            every = itertools.chain(*local.values()) if local else sorted(where.rglob("*"))
             texts = (f for f in every if format_of(f, modality.builders) in ("text", "json"))
             reason = f"{not_in_utf8(texts)}: {reason}"
         raise UsageError(f"{called} cannot be read: {reason}") from error

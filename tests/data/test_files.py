@@ -203,6 +203,15 @@ def test_the_file_in_another_encoding_is_named(tmp_path, name):
         of_text(tmp_path, streaming=False)
 
 
+def test_it_is_named_too_where_a_folder_says_what_its_files_are(tmp_path):
+    card = '---\nconfigs:\n- {config_name: a, data_files: "*.txt"}\n---'
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "a.txt").write_text("ka", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("d\u00e9j\u00e0", encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"cannot be read: {tmp_path / 'b.txt'}: 'utf-8' codec"):
+        of_text(tmp_path, streaming=False)
+
+
 def of_text(file, streaming):
     return load_documents(str(file), streaming=streaming, **DEFAULTS)[0], "text"
 
