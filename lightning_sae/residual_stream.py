@@ -167,6 +167,14 @@ class ResidualStream:
     def _reads_text(self) -> bool:
         return bool(self.model.main_input_name == "input_ids")
 
+    @cached_property
+    def _padding_id(self) -> int | None:
+        """The token that the model leaves out where it counts positions, as RoBERTa does."""
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return module.padding_idx
+        return None
+
     def _states_in(self, output: Any, input_ids: Tensor) -> Tensor:
         """Return the stream in what the layer puts out, alone or before other things."""
         states = output[0] if isinstance(output, tuple | list) else output
@@ -237,7 +245,9 @@ class ResidualStream:
         if self._reads_text:
             options = {"attention_mask": attention_mask, "use_cache": False}
         padded_before = attention_mask is not None and not bool(attention_mask[:, 0].all())
-        if padded_before and "position_ids" in signature(self.model.forward).parameters:
+        if padded_before and self._padding_id is not None:
+            input_ids = input_ids.where(cast(Tensor, attention_mask) != 0, self._padding_id)
+        elif padded_before and "position_ids" in signature(self.model.forward).parameters:
             # Learned positions are counted from the first column otherwise, padding or not.
             positions = cast(Tensor, attention_mask).long().cumsum(-1) - 1
             options["position_ids"] = positions.clamp(min=0)

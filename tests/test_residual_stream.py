@@ -5,9 +5,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -16,34 +13,17 @@ from transformers import (
 )
 
 from lightning_sae.residual_stream import ResidualStream
-
-LAYERS = 3
-SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": LAYERS}
-SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32}
-CONFIGS = {
-    "gpt2": GPT2Config(**SIZES),
-    "llama": LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1),
-    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=24),
-}
+from tests.helpers.language_models import CONFIGS, LAYERS, blocks, tiny
 
 
 @pytest.fixture(params=CONFIGS)
 def model(request):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
-    for parameter in model.parameters():  # or small weights would hide what a block adds
-        nn.init.normal_(parameter, std=0.3)
-    return model
+    return tiny(CONFIGS[request.param])
 
 
 @pytest.fixture
 def input_ids():
     return torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
-def blocks(model):
-    base = model.base_model
-    return base.h if hasattr(base, "h") else base.layers
 
 
 def hidden_states(model, input_ids):
@@ -157,26 +137,6 @@ def test_blocks_that_return_tuples(model, input_ids):
     assert not torch.equal(stream.replace(input_ids, lambda x: 2 * x), clean)
 
 
-def test_padding_does_not_change_the_tokens_before_it(model, input_ids):
-    mask = torch.ones_like(input_ids)
-    mask[:, 5:] = 0
-    stream = ResidualStream(model, 1)
-    padded = stream.read(input_ids, attention_mask=mask)
-    torch.testing.assert_close(padded[:, :5], stream.read(input_ids[:, :5]))
-
-
-def test_padding_before_the_tokens_is_not_read(model, input_ids):
-    mask = torch.ones_like(input_ids)
-    mask[:, :2] = 0
-    stream = ResidualStream(model, 1)
-    other = input_ids.clone()
-    other[:, :2] = (other[:, :2] + 1) % 50
-    masked = [stream.read(ids, attention_mask=mask)[:, 2:] for ids in (input_ids, other)]
-    torch.testing.assert_close(masked[0], masked[1])
-    logits = [stream.replace(ids, lambda x: x, mask)[:, 2:] for ids in (input_ids, other)]
-    torch.testing.assert_close(logits[0], logits[1])
-
-
 def test_autocast_around_it_changes_nothing(model, input_ids):
     stream = ResidualStream(model, 1)
     expected, clean = stream.read(input_ids), stream.replace(input_ids, lambda x: x)
@@ -212,83 +172,6 @@ def test_threads_do_not_meet_each_others_hooks(model, input_ids):
     for found, expected in ((reading.result(), states), (replaced, logits), (run, clean)):
         assert found
         assert all(torch.equal(each, expected) for each in found)
-
-
-@pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("masked", [False, True])
-def test_states_at_hand_spare_the_blocks_up_to_the_layer(model, input_ids, layer, masked):
-    mask = torch.ones_like(input_ids) if masked else None
-    if masked:
-        mask[0, :3] = 0
-    stream = ResidualStream(model, layer)
-    states = stream.read(input_ids, mask)
-    edits = (lambda x: x, lambda x: 0.5 * x + 1, torch.zeros_like)
-    expected = [stream.replace(input_ids, edit, mask) for edit in edits]
-    modules = {name: dict(module._modules) for name, module in model.named_modules()}
-    stream.replace(input_ids, edits[0], mask, states=states)  # finds out whether it may
-    ran = []
-    handles = [
-        next(block.children()).register_forward_hook(lambda *_, n=n: ran.append(n))
-        for n, block in enumerate(blocks(model))
-    ]
-    found = [stream.replace(input_ids, edit, mask, states=states) for edit in edits]
-    assert ran == [n for _ in edits for n in range(layer + 1, LAYERS)]
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    for handle in handles:
-        handle.remove()
-    # The model itself is as it was.
-    assert {name: dict(module._modules) for name, module in model.named_modules()} == modules
-    assert torch.equal(stream.replace(input_ids, edits[1], mask), expected[1])
-
-
-def test_states_at_hand_pass_on_gradients_and_stay_as_they_are(model, input_ids):
-    stream = ResidualStream(model.requires_grad_(requires_grad=False), 1)
-    states = stream.read(input_ids)
-    before = states.clone()
-
-    def in_place(_module, inputs):
-        inputs[0].mul_(2)  # as a model may do
-
-    handle = blocks(model)[2].register_forward_pre_hook(in_place)
-    with torch.no_grad():
-        expected = stream.replace(input_ids, lambda x: x)
-        for _ in range(2):
-            assert torch.equal(stream.replace(input_ids, lambda x: x, states=states), expected)
-    handle.remove()
-    assert torch.equal(states, before)
-    weights = [torch.ones(16, requires_grad=True) for _ in range(2)]
-    stream.replace(input_ids, lambda x: x * weights[0]).square().sum().backward()
-    stream.replace(input_ids, lambda x: x * weights[1], states=states).square().sum().backward()
-    assert weights[0].grad.abs().sum() > 0
-    assert torch.equal(weights[0].grad, weights[1].grad)
-
-
-@pytest.mark.parametrize("way", ["left behind", "in a tuple"])
-def test_a_model_that_needs_more_than_the_states_is_run_as_a_whole(model, input_ids, way):
-    """As one whose later blocks use the keys and values of earlier ones does."""
-    left = {}
-
-    def leave(_module, _inputs, output):
-        left["there"] = output[0] if isinstance(output, tuple) else output
-
-    def take_up(_module, _inputs, output):
-        return output + left["there"]
-
-    first, last = blocks(model)[0], blocks(model)[-1]
-    if way == "left behind":
-        next(first.children()).register_forward_hook(leave)
-        last.register_forward_hook(take_up)
-    else:
-        forward = first.forward
-        first.forward = lambda *args, **kwargs: (forward(*args, **kwargs), 2)
-        second = blocks(model)[1]
-        second.register_forward_pre_hook(lambda _m, args: (args[0][0] * args[0][1], *args[1:]))
-    stream = ResidualStream(model, 0)
-    other = (input_ids + 1) % 50
-    states = [stream.read(ids) for ids in (input_ids, other)]
-    for ids, known in zip((input_ids, other), states, strict=True):
-        expected = stream.replace(ids, lambda x: 0.5 * x)
-        assert torch.equal(stream.replace(ids, lambda x: 0.5 * x, states=known), expected)
 
 
 def test_properties(model):
