@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lightning_sae.checkpoint_format import FORMAT, KEY
 from lightning_sae.checkpointed import CheckpointedAutoencoder
 from lightning_sae.checks import UsageError
+from lightning_sae.core.gate import Gate
 from lightning_sae.core.state_format import require_known
 from lightning_sae.model_card import model_card
 from lightning_sae.tensor_files import save_tensors
@@ -48,6 +49,18 @@ class PretrainedAutoencoder(
     def __init__(self, d_model: int, n_features: int, **options: Any) -> None:
         super().__init__(d_model, n_features, **options)
         self.record: dict[str, dict[str, Any]] = {}
+
+    def gate(self) -> Gate:
+        """Return which affinities of a token are its code: what other libraries can say of it.
+
+        An architecture that does not say it cannot be exported.
+
+        Raises:
+            UsageError: If that is so.
+        """
+        raise UsageError(
+            f"{type(self).__name__} does not say by a method `gate` what its codes are"
+        )
 
     def on_validation_end(self) -> None:
         """Note the figures of a validation, those of callbacks too."""

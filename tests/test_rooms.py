@@ -11,6 +11,7 @@ import lightning_sae
 PACKAGE = Path(lightning_sae.__file__).parent
 ROOMS = (
     ("cli", "__main__"),
+    ("interop",),
     ("architectures",),
     ("callbacks",),
     ("sae",),

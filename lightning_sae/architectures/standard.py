@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, threshold_choice
 from lightning_sae.checks import require_not_negative
+from lightning_sae.core.gate import Gate
 from lightning_sae.core.losses import sparsity_loss
 from lightning_sae.matches import Matches
 from lightning_sae.sae import SparseAutoencoder
@@ -70,6 +71,10 @@ class StandardSAE(SparseAutoencoder):
     def choose_per_token(self, scores: Scores) -> Matches:
         """Match as in training: a token's matches do not depend on the other tokens."""
         return threshold_choice(scores, 0.0)
+
+    def gate(self) -> Gate:
+        """Return that all positive affinities are the code."""
+        return Gate()
 
     def extra_losses(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the L1 penalty, and the loss that revives features if there is one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, Importance, mutual_choice, threshold_choice
 from lightning_sae.checks import UsageError, require_choice, require_k
+from lightning_sae.core.gate import Gate, require_plain
 from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.loading import require_finite
 from lightning_sae.matches import Matches
@@ -180,6 +181,15 @@ class ThresholdSAE(SparseAutoencoder):
                 "train on at least one batch, or load a trained checkpoint, before inference"
             )
         return threshold_choice(scores, self.threshold)
+
+    def gate(self) -> Gate:
+        """Return that affinities above the threshold are the code.
+
+        Raises:
+            UsageError: If pairs are ranked by something else than a multiple of the affinity.
+        """
+        require_plain(self.importance)
+        return Gate(threshold=self.threshold, relative=self.importance == "token_norm")
 
     def observe(self, scores: Scores, choice: Choice) -> None:
         """Move the threshold towards what this batch was cut at."""

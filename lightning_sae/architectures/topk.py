@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, Importance, token_choice
 from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
+from lightning_sae.core.gate import Gate, require_plain
 from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.matches import Matches
 from lightning_sae.sae import SparseAutoencoder
@@ -69,6 +70,15 @@ class TopKSAE(SparseAutoencoder):
     def choose_per_token(self, scores: Scores) -> Matches:
         """Match as in training: a token's choice does not depend on the other tokens."""
         return token_choice(scores, self.k)
+
+    def gate(self) -> Gate:
+        """Return that the k largest affinities are the code.
+
+        Raises:
+            UsageError: If pairs are ranked by something else than a multiple of the affinity.
+        """
+        require_plain(self.importance)
+        return Gate(k=self.k)
 
     def extra_losses(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
         """Return the AuxK loss, and that of the reconstruction with more matches."""

@@ -1,7 +1,9 @@
 """The command `lightning_sae`: LightningCLI and the few things it needs for SAEs."""
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
@@ -19,15 +21,20 @@ from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line_errors, refusals
+from lightning_sae.cli.exchange import export_sae, import_sae
 from lightning_sae.cli.from_checkpoint import tell_changes, with_its_settings
 from lightning_sae.cli.noise import silence_noise
-from lightning_sae.cli.parser import ConfigFile, Parser
+from lightning_sae.cli.parser import ConfigFile, Parser, run_function
 from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import FrozenModelDataModule
 
 __all__ = ["SparseAutoencoderCLI", "main"]
 
+COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
+    {"export": export_sae, "import": import_sae}
+)
+"""Those that are no methods of the Trainer, and so none of LightningCLI's subcommands."""
 SEEDS: Final = 2**32 - 1
 LEAST: Final = {
     0: ("gradient_clip_val", "log_every_n_steps", "min_steps"),
@@ -37,7 +44,7 @@ LEAST: Final = {
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `lightning_sae fit|validate|test|predict`.
+    """Run `lightning_sae fit|validate|test|predict|export|import`.
 
     Args:
         args: Command line, without the program's name. Default: that of the process.
@@ -45,7 +52,11 @@ def main(args: ArgsType = None) -> None:
     silence_noise()
     if not sys.flags.safe_path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for classes of the user's; `python -m` has it by itself
+    given = sys.argv[1:] if args is None else args
     with exit_on_signals(), one_line_errors():
+        if isinstance(given, list) and given and given[0] in COMMANDS:
+            run_function(COMMANDS[given[0]], given[0], given[1:])
+            return
         SparseAutoencoderCLI(
             SparseAutoencoder,
             FrozenModelDataModule,
@@ -59,7 +70,8 @@ def main(args: ArgsType = None) -> None:
             trainer_defaults={"callbacks": [FiniteWeights(), StopOnSignal(), SavePretrained()]},
             parser_kwargs={
                 "prog": "lightning_sae",
-                "description": "Train and evaluate sparse autoencoders on transformer activations.",
+                "description": "Train and evaluate sparse autoencoders on transformer activations. "
+                f"Further commands, with a help of their own: {', '.join(COMMANDS)}.",
                 "version": lightning_sae.__version__,
             },
             args=args,

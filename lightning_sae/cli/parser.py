@@ -1,7 +1,9 @@
 """The parser of the command line: configurations by name, and mistakes in one line."""
 
 import difflib
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, cast
 
@@ -12,7 +14,7 @@ import lightning_sae
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, refusals
 
-__all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config"]
+__all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config", "run_function"]
 
 PACKAGE: Final = Path(lightning_sae.__file__).parent
 T = TypeVar("T")
@@ -72,6 +74,20 @@ class Parser(LightningArgumentParser):
             except Exception as error:
                 failures.insert(0, error)
             raise failures[-1]
+
+
+def run_function(function: Callable[..., None], name: str, args: list[str]) -> None:
+    """Call a function with arguments of a command line, which its docstring explains.
+
+    Args:
+        function: What to call.
+        name: What the command line calls it.
+        args: The command line after that.
+    """
+    what, _, _ = (inspect.getdoc(function) or "").partition("\n\n")
+    parser = Parser(prog=f"lightning_sae {name}", description=what)
+    parser.add_function_arguments(function, as_group=False)
+    function(**parser.parse_args(args).as_dict())
 
 
 class ConfigFile(ActionConfigFile):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -271,24 +270,6 @@ class Autoencoder(Dictionary, ABC):
     def _massive(self, x: Tensor) -> Tensor:
         centred = (x - self.input_mean) * self.input_scale
         return is_massive(centred, self.max_norm_multiple or MASSIVE)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move buffers between devices, but keep them in float32 when weights become 16-bit.
-
-        Overridden as torch's own modules do; `Module.to` and its kin all come here.
-        """
-        exact = {
-            (module, name): buffer
-            for module in (self, self.history)
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.dtype == torch.float32
-        }
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        for (module, name), buffer in exact.items():
-            moved = getattr(module, name)
-            if moved.dtype != torch.float32:
-                setattr(module, name, buffer.to(moved.device))
-        return self
 
     @contextmanager
     def _choosing(self) -> Iterator[None]:

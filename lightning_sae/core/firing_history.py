@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sae.checks import require_positive
+from lightning_sae.core.exact_buffers import ExactBuffers
 from lightning_sae.core.loading import require_finite
 from lightning_sae.parallel import Ranks
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
@@ -16,7 +17,7 @@ from lightning_sae.zipf import ZipfFitError, zipf_deficit
 __all__ = ["FiringHistory"]
 
 
-class FiringHistory(nn.Module):
+class FiringHistory(ExactBuffers):
     """Counts of a training run, equal on all ranks.
 
     Args:

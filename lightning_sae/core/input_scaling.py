@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sae.checks import UsageError, require_choice, require_positive
+from lightning_sae.core.exact_buffers import ExactBuffers
 from lightning_sae.core.ordinary_tokens import mean_and_variance
 from lightning_sae.numerics import widest_float
 from lightning_sae.parallel import Ranks
@@ -24,7 +25,7 @@ NormalizeInputs = Literal["average", "token"]
 """
 
 
-class ScaledInputs(nn.Module):
+class ScaledInputs(ExactBuffers):
     """Activations times a factor that is measured once, or follows from each token's length.
 
     With `average` it is the factor s by which centred tokens have a mean squared length of d_model.

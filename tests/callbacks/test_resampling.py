@@ -47,10 +47,10 @@ def test_inputs_are_drawn_by_the_square_of_their_loss():
     sae.loss(batch(0))
     resample, x = ResampleDeadFeatures(), batch(1)
     resample._draw(sae, x.view(4, -1, D_MODEL), Ranks())
-    loss = ((sae(x) - x) * sae.input_scale).square().mean(1).detach()
+    loss = ((sae(x) - x) * sae.scales(x)).square().mean(1).detach()
     expected = WeightedSample()
     tokens = int(sae.tokens_seen)
-    expected.add(x * sae.input_scale, loss**2, size=N_FEATURES, seed=tokens, ranks=Ranks())
+    expected.add(sae.scaled(x), loss**2, size=N_FEATURES, seed=tokens, ranks=Ranks())
     torch.testing.assert_close(resample._sample.keys, expected.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(resample._sample.rows, expected.rows)
 

@@ -1,0 +1,64 @@
+"""The formats by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Protocol, cast
+
+from torch import Tensor
+
+from lightning_sae.checks import UsageError
+from lightning_sae.interop import dictionary_learning, openmoss, saelens, sparsify
+from lightning_sae.interop.folded import FoldedSAE
+
+__all__ = ["FORMATS", "Format", "load_foreign"]
+
+
+class Format(Protocol):
+    """What the module of a format has."""
+
+    def write(self, folded: FoldedSAE, folder: Path) -> None:
+        """Write the files."""
+
+    def read(self, folder: Path) -> FoldedSAE:
+        """Read them."""
+
+    def run(self, folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """Load them with the library itself, if it is installed."""
+
+
+FORMATS: Final = MappingProxyType(
+    {
+        "saelens": cast(Format, saelens),
+        "sparsify": cast(Format, sparsify),
+        "dictionary_learning": cast(Format, dictionary_learning),
+        "openmoss": cast(Format, openmoss),
+    }
+)
+"""By the names that `export` and `load_foreign` know."""
+
+
+def load_foreign(path: str) -> FoldedSAE:
+    """Return an SAE that another library has written.
+
+    Args:
+        path: `FORMAT:FOLDER`, for example `saelens:downloads/layer_8`.
+
+    Raises:
+        UsageError: If there is none, it is damaged, or is of a kind that is not read.
+    """
+    name, _, folder = path.partition(":")
+    if name not in FORMATS:
+        raise UsageError(f"{path} begins with none of {', '.join(f'{each}:' for each in FORMATS)}")
+    where = Path(folder).expanduser()
+    if not where.is_dir():
+        raise UsageError(f"{path}: there is no such folder")
+    try:
+        return FORMATS[name].read(where)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except Exception as error:  # there is no end to what broken files raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path} is no SAE of {name}, or is damaged: {reason}") from error

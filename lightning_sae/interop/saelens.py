@@ -1,0 +1,166 @@
+"""SAELens (https://github.com/decoderesearch/SAELens): `SAE.load_from_disk(folder)`.
+
+As of sae-lens 6.54. Thresholds relative to a token's length, which no class of SAELens has, are
+written for one that `lightning_sae.interop.saelens_adapter` registers there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_sae.checks import UsageError
+from lightning_sae.core.gate import Gate
+from lightning_sae.interop.folded import FoldedSAE
+from lightning_sae.tensor_files import save_tensors
+
+__all__ = ["read", "run", "write"]
+
+CONFIG: Final = "cfg.json"
+WEIGHTS: Final = "sae_weights.safetensors"
+SPARSITY: Final = "sparsity.safetensors"
+VERSION: Final = "6.54.12"
+"""The release that was tried; files of one before 6.0 are read otherwise."""
+RELATIVE: Final = "token_norm_jumprelu"
+UNIT_LENGTH: Final = "constant_norm_rescale"
+
+
+def write(folded: FoldedSAE, folder: Path) -> None:
+    """Write `cfg.json`, `sae_weights.safetensors`, and the densities in `sparsity.safetensors`."""
+    n_features, d_model = folded.encoder_weight.shape
+    gate = folded.gate
+    tensors = {
+        "W_enc": folded.encoder_weight.T,
+        # OpenMOSS, which reads these files too, takes none that subtract b_dec.
+        "b_enc": folded.encoder_bias_of_x,
+        "W_dec": folded.decoder_weight,
+        "b_dec": folded.decoder_bias,
+    }
+    special: dict[str, Any] = {"architecture": "standard"}
+    if gate.k is not None:
+        special = {"architecture": "topk", "k": gate.k, "rescale_acts_by_decoder_norm": False}
+    elif gate.threshold is not None:
+        special = {"architecture": RELATIVE if gate.relative else "jumprelu"}
+        tensors["threshold"] = gate.threshold
+    config = special | {
+        "d_in": d_model,
+        "d_sae": n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": UNIT_LENGTH if folded.unit_length else "none",
+        "reshape_activations": "none",
+        "metadata": _metadata(folded),
+    }
+    save_tensors(tensors, folder / WEIGHTS)
+    if folded.density is not None:
+        save_tensors({"sparsity": (folded.density + 1e-10).log10()}, folder / SPARSITY)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> FoldedSAE:
+    """Return what is in such a folder.
+
+    Raises:
+        UsageError: If it is of an architecture, or has settings, that are not read.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    gate, unit_length = _gate(config), config.get("normalize_activations", "none") == UNIT_LENGTH
+    tensors = load_file(folder / WEIGHTS)
+    w_dec, b_dec = tensors["W_dec"].float(), tensors["b_dec"].float()
+    w_enc, b_enc = tensors["W_enc"].float().T.contiguous(), tensors["b_enc"].float()
+    if config.get("rescale_acts_by_decoder_norm") and gate.k is not None:
+        # Codes are multiplied by these lengths before the largest are taken: directions of unit
+        # norm have the same.
+        lengths = w_dec.norm(dim=1, keepdim=True)
+        w_enc, b_enc, w_dec = w_enc * lengths, b_enc * lengths.squeeze(1), w_dec / lengths
+    if gate.threshold is not None:
+        gate = Gate(threshold=tensors["threshold"].float(), relative=gate.relative)
+    metadata = config.get("metadata", {})
+    path = folder / SPARSITY
+    folded = FoldedSAE(
+        w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+        gate,
+        unit_length,
+        _record(metadata),
+        metadata.get("training_architecture"),
+        10 ** load_file(path)["sparsity"].float() if path.exists() else None,
+    )
+    return folded if config.get("apply_b_dec_to_input", True) else folded.subtracting_origin(b_enc)
+
+
+def run(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """Return what gives codes and reconstructions by SAELens, or None if it is not installed."""
+    if find_spec("sae_lens") is None:
+        return None
+    from lightning_sae.interop import saelens_adapter
+
+    saelens_adapter.register()
+    sae = saelens_adapter.load(folder)
+
+    @torch.no_grad()
+    def encode_and_decode(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = sae.encode(x)
+        return codes, sae.decode(codes)
+
+    return encode_and_decode
+
+
+def _gate(config: dict[str, Any]) -> Gate:
+    architecture = config.get("architecture")
+    normalization = config.get("normalize_activations", "none")
+    if normalization not in ("none", UNIT_LENGTH):
+        raise UsageError(f"normalize_activations={normalization!r} of {CONFIG} is not read")
+    if config.get("reshape_activations", "none") != "none":
+        raise UsageError(f"reshape_activations={config['reshape_activations']!r} is not read")
+    if architecture == "topk":
+        return Gate(k=int(config["k"]))
+    if architecture in ("jumprelu", RELATIVE):
+        return Gate(threshold=torch.empty(0), relative=architecture == RELATIVE)
+    if architecture == "standard":
+        return Gate()
+    raise UsageError(f"architecture={architecture!r} of {CONFIG} is not read")
+
+
+def _metadata(folded: FoldedSAE) -> dict[str, Any]:
+    activations = folded.record.get("trained_on", {})
+    known = {
+        "model_name": activations.get("model_name"),
+        "hook_name": activations.get("transformer_lens_hook_name") or activations.get("hook_name"),
+        "hf_hook_name": activations.get("hook_name"),
+        "context_size": activations.get("context_length"),
+        "dataset_path": activations.get("text"),
+        "l0": folded.record.get("measured", {}).get("l0"),
+        "training_architecture": folded.architecture,
+    }
+    if "context_length" in activations:  # how `ActivationDataModule` packs text
+        known |= {"prepend_bos": True, "exclude_special_tokens": True}
+    told = {name: value for name, value in known.items() if value is not None}
+    return {"sae_lens_version": VERSION, **told, "lightning_sae": folded.record}
+
+
+def _record(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known, from our own note if there is one."""
+    if isinstance(metadata.get("lightning_sae"), dict):
+        return dict(metadata["lightning_sae"])
+    names = {
+        "model_name": "model_name",
+        "hook_name": "transformer_lens_hook_name",
+        "hf_hook_name": "hook_name",
+        "context_size": "context_length",
+        "dataset_path": "text",
+    }
+    trained_on = {ours: metadata[name] for name, ours in names.items() if metadata.get(name)}
+    measured = {"l0": float(metadata["l0"])} if metadata.get("l0") else {}
+    found = {"trained_on": trained_on, "measured": measured}
+    return {name: value for name, value in found.items() if value}

@@ -1,0 +1,66 @@
+"""What is written for others is compared before anyone relies on it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_sae import UsageError
+from lightning_sae.interop import FORMATS, export, fold, saelens
+from lightning_sae.interop.export import compare
+from tests.helpers.foreign import refusal, tokens, trained
+
+
+def test_random_and_real_activations_are_compared(tmp_path: Path):
+    sae, x = trained("mutual_choice"), tokens()
+    random, real = export(sae, "saelens", tmp_path / "out", x)
+    assert (random.name, real.name) == ("random activations", "real activations")
+    assert (random.tokens, real.tokens) == (1024, 512)
+    torch.testing.assert_close(real.l0[0], (sae.encode(x) > 0).sum().item() / len(x))
+    fvu = (((x - sae(x)) ** 2).mean() / ((x - x.mean(0)) ** 2).mean()).item()
+    torch.testing.assert_close(real.fvu, (fvu, fvu), rtol=1e-4, atol=0)
+    assert "512 tokens: largest error" in str(real)
+
+
+def test_what_is_not_the_same_there_is_refused(tmp_path: Path, monkeypatch):
+    read = saelens.read
+
+    def slightly_off(folder: Path):
+        folded = read(folder)
+        folded.encoder_bias[3] += 0.5
+        return folded
+
+    monkeypatch.setattr(saelens, "read", slightly_off)
+    monkeypatch.setattr(saelens, "run", lambda folder: None)
+    told = refusal(trained("standard"), "saelens", tmp_path)
+    assert told.startswith("to=saelens: it is not the same there. random activations, 1,024 tokens")
+
+
+def test_only_what_rounding_can_change_counts_as_a_tie():
+    sae, x = trained("mutual_choice"), tokens()
+    folded = fold(sae)
+
+    def with_cuts(shift: float):
+        affinities, cut = folded.affinities(x)
+        codes = affinities.where(affinities > cut * (1 + shift), 0)
+        lengths = x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5
+        return lambda _: (codes, (codes @ folded.decoder_weight + folded.decoder_bias) * lengths)
+
+    assert compare(sae, with_cuts(0.0), x).error < 1e-5
+    barely, far = compare(sae, with_cuts(1e-7), x), compare(sae, with_cuts(0.5), x)
+    assert barely.error < 1e-5
+    assert far.error > 1e-2
+    assert far.l0[1] < far.l0[0]
+
+
+def test_files_of_someone_are_left_alone(tmp_path: Path):
+    (tmp_path / "mine").write_text("text")
+    with pytest.raises(UsageError, match=r"output=.* holds files already"):
+        export(trained("topk"), "saelens", tmp_path)
+    assert (tmp_path / "mine").read_text() == "text"
+
+
+def test_formats_are_known_by_name(tmp_path: Path):
+    assert set(FORMATS) == {"saelens", "sparsify", "dictionary_learning", "openmoss"}
+    with pytest.raises(UsageError, match="to='other' is none of saelens, sparsify, "):
+        export(trained("topk"), "other", tmp_path)

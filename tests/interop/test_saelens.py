@@ -1,0 +1,129 @@
+"""SAEs in SAELens' format, and, where it is installed, in SAELens."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_sae import UsageError
+from lightning_sae.interop import load_foreign, unfold
+from tests.helpers.foreign import RECORD, assert_same, every_kind, there_and_back, tokens, trained
+
+
+@every_kind
+@pytest.mark.parametrize("normalize_inputs", ["average", "token"])
+def test_every_architecture_can_leave_and_come_back(kind, normalize_inputs, tmp_path: Path):
+    sae = trained(kind, normalize_inputs=normalize_inputs)
+    assert_same(sae, there_and_back(sae, "saelens", tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["topk", "mutual_choice", "feature_choice_zipf"])
+@pytest.mark.parametrize("normalize_inputs", ["average", "token"])
+def test_thresholds_relative_to_length_have_a_class_of_their_own(kind, normalize_inputs, tmp_path):
+    sae = trained(kind, importance="token_norm", normalize_inputs=normalize_inputs)
+    again = there_and_back(sae, "saelens", tmp_path)
+    assert_same(sae, again)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    # A factor for each token does not change which of its affinities are the largest.
+    assert config["architecture"] == ("topk" if kind == "topk" else "token_norm_jumprelu")
+
+
+def test_what_is_known_goes_with_it(tmp_path: Path):
+    sae = trained("mutual_choice")
+    there_and_back(sae, "saelens", tmp_path)
+    metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert (
+        metadata.items()
+        >= {
+            "model_name": "someone/model",
+            "hook_name": "blocks.3.hook_resid_post",
+            "hf_hook_name": "model.layers.3",
+            "context_size": 128,
+            "dataset_path": "some/text",
+            "prepend_bos": True,
+            "l0": 4.0,
+            "training_architecture": "MutualChoiceSAE",
+        }.items()
+    )
+    folded = load_foreign(f"saelens:{tmp_path}")
+    assert folded.record == RECORD
+    assert folded.architecture == "MutualChoiceSAE"
+    torch.testing.assert_close(folded.density, sae.history.density, rtol=1e-4, atol=1e-9)
+
+
+def foreign(folder: Path, **settings) -> dict[str, torch.Tensor]:
+    """Write an SAE as SAELens does whose rows have any length."""
+    generator = torch.Generator().manual_seed(0)
+    d_in, d_sae = 16, 24
+    config = {"architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "metadata": {"l0": 5}}
+    config |= {"apply_b_dec_to_input": True, "normalize_activations": "none"} | settings
+    tensors = {
+        "W_enc": torch.randn(d_in, d_sae, generator=generator),
+        "b_enc": torch.randn(d_sae, generator=generator),
+        "W_dec": torch.randn(d_sae, d_in, generator=generator),
+        "b_dec": torch.randn(d_in, generator=generator),
+    }
+    if config["architecture"] == "jumprelu":
+        tensors["threshold"] = torch.rand(d_sae, generator=generator)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return tensors
+
+
+def hidden_pre(t: dict[str, torch.Tensor], x: torch.Tensor, subtract: bool = True) -> torch.Tensor:
+    """What SAELens computes before its activation function, written out."""
+    return (x - t["b_dec"] * subtract) @ t["W_enc"] + t["b_enc"]
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+def test_rows_of_any_length_are_read(subtract: bool, tmp_path: Path):
+    t = foreign(tmp_path, apply_b_dec_to_input=subtract)
+    sae, x = unfold(load_foreign(f"saelens:{tmp_path}")), torch.randn(256, 16)
+    assert sae.k == 5
+    pre = hidden_pre(t, x, subtract)
+    codes = pre * (pre > t["threshold"])
+    lengths = t["W_dec"].norm(dim=1)
+    torch.testing.assert_close(sae.encode(x), codes * lengths, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(x), codes @ t["W_dec"] + t["b_dec"], rtol=1e-4, atol=1e-4)
+
+
+def test_topk_that_ranks_by_codes_times_lengths_is_read_and_no_other(tmp_path: Path):
+    t = foreign(tmp_path, architecture="topk", k=3, rescale_acts_by_decoder_norm=True)
+    sae, x = unfold(load_foreign(f"saelens:{tmp_path}")), torch.randn(256, 16)
+    lengths = t["W_dec"].norm(dim=1)
+    kept = (hidden_pre(t, x) * lengths).topk(3, dim=1)
+    codes = torch.zeros(256, 24).scatter(1, kept.indices, kept.values.clamp_min(0))
+    torch.testing.assert_close(sae.encode(x), codes, rtol=1e-4, atol=1e-4)
+    expected = (codes / lengths) @ t["W_dec"] + t["b_dec"]
+    torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
+    foreign(tmp_path, architecture="topk", k=3, rescale_acts_by_decoder_norm=False)
+    with pytest.raises(UsageError, match="rows have different lengths"):
+        unfold(load_foreign(f"saelens:{tmp_path}"))
+
+
+UNREAD = {"architecture": "gated", "normalize_activations": "layer_norm"}
+UNREAD |= {"reshape_activations": "hook_z"}
+
+
+@pytest.mark.parametrize(("name", "value"), UNREAD.items())
+def test_what_is_not_read_is_told(name: str, value: str, tmp_path: Path):
+    foreign(tmp_path, **{name: value})
+    with pytest.raises(UsageError, match=f"^saelens:.*: {name}='{value}'.* is not read"):
+        load_foreign(f"saelens:{tmp_path}")
+
+
+@every_kind
+@pytest.mark.parametrize("importance", ["affinity", "token_norm"])
+def test_saelens_loads_it(kind: str, importance: str, tmp_path: Path):
+    saelens = pytest.importorskip("sae_lens")
+    options = {} if kind == "standard" else {"importance": importance}
+    length = "token" if importance == "affinity" else "average"
+    sae = trained(kind, normalize_inputs=length, **options)
+    there_and_back(sae, "saelens", tmp_path)  # which registers the class that SAELens lacks
+    loaded, x = saelens.SAE.load_from_disk(tmp_path), tokens()
+    assert loaded.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+    same = ((loaded.encode(x) > 0) == (sae.encode(x) > 0)).all(1)
+    assert same.sum() >= len(x) - 2
+    torch.testing.assert_close(loaded(x)[same], sae(x)[same], rtol=1e-5, atol=1e-3)
