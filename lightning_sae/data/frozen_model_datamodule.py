@@ -213,6 +213,7 @@ class FrozenModelDataModule(KeepsPlace, ABC):
             start=self._start,
             ranks=ranks,
             ahead=self._may_read_ahead,
+            left=self._batches_left,
         )
 
     def val_dataloader(self) -> HeldOutBatches:
@@ -257,6 +258,13 @@ class FrozenModelDataModule(KeepsPlace, ABC):
         precision = "32-true" if self.trainer is None else self.trainer.precision
         loaded_first = self.cache_dir is None or self.model.dtype == "float32"
         return loaded_first and precision in ("32-true", "bf16-mixed", "16-mixed")
+
+    def _batches_left(self) -> int | None:
+        """Return how many batches the Trainer's steps will still take; None if it has no number."""
+        if self.trainer is None or self.trainer.max_steps < 0:
+            return None
+        steps = self.trainer.max_steps - self.trainer.global_step
+        return steps * self.trainer.accumulate_grad_batches
 
     @cached_property
     def _train_inputs(self) -> Inputs:

@@ -59,6 +59,7 @@ class _Block(NamedTuple):
     inputs: Tensor
     kept: Tensor  # (inputs, length)
     order: Tensor  # (tokens)
+    expected: bool  # whether a batch of it will be asked for, as far as one knows
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class ActivationStream:
         start: Returns the cursor to start at; asked at each `iter()`.
         ranks: The processes that share out the tokens of a batch.
         ahead: Whether a thread reads a block while the one before is in use.
+        left: Returns how many batches will be asked for from the cursor on; None if nobody knows.
+            A block beyond is read only if it is asked for after all.
     """
 
     blocks: Callable[[int], Iterator[Tensor]]
@@ -93,6 +96,7 @@ class ActivationStream:
     start: Callable[[], Cursor]
     ranks: Ranks = field(default_factory=Ranks)
     ahead: bool = True
+    left: Callable[[], int | None] = lambda: None
 
     def __iter__(self) -> Iterator[TrainBatch]:
         """Yield this rank's share of every batch from the cursor on.
@@ -102,9 +106,10 @@ class ActivationStream:
         """
         share = self.batch_size // self.ranks.size
         start, first = self.start()
-        blocks = self._blocks(start)
+        blocks = self._blocks(start, first)
         in_turn = ((block, self._read_share(block, Event())) for block in blocks)
-        for block, mine in read_ahead(blocks, self._read_share) if self.ahead else in_turn:
+        ahead = read_ahead(blocks, self._read_share, lambda block: block.expected)
+        for block, mine in ahead if self.ahead else in_turn:
             activations = _gather(mine)[: len(block.inputs)]
             _check_finite(activations, block.kept, f"{self.source}, block {block.number}")
             activations = activations.flatten(0, 1)  # (inputs * length, d_model)
@@ -120,10 +125,13 @@ class ActivationStream:
             first = 0
             del mine, activations  # before the block after next takes the same memory
 
-    def _blocks(self, start: int) -> Iterator[_Block]:
+    def _blocks(self, start: int, first: int) -> Iterator[_Block]:
+        left, passed = self.left(), -first  # batches
         for number, inputs in enumerate(self.blocks(start), start=start):
             kept = self.kept(inputs)
-            yield _Block(number, inputs, kept, self._order(number, kept))
+            order = self._order(number, kept)
+            yield _Block(number, inputs, kept, order, left is None or passed < left)
+            passed += len(order) // self.batch_size
 
     def _read_share(self, block: _Block, closing: Event) -> Tensor:
         """Read this process's share of a block's model batches, an equal number in each process.

@@ -54,6 +54,20 @@ def test_the_caller_reads_what_it_waits_for_and_a_thread_the_rest():
     assert all(name.startswith("read_ahead") for name in readers[1:])
 
 
+def test_what_is_not_expected_is_read_by_the_caller_if_it_is_asked_for():
+    readers: dict[int, str] = {}
+
+    def read(item: int, closing: threading.Event) -> Tensor:
+        readers[item] = threading.current_thread().name
+        return tens(item, closing)
+
+    ahead = read_ahead(iter(range(4)), read, expected=lambda item: item < 2)
+    assert [int(next(ahead)[1]) for _ in range(2)] == [0, 10]
+    assert list(readers) == [0, 1]
+    assert [int(tensor) for _, tensor in ahead] == [20, 30]
+    assert readers[1] != readers[0] == readers[2] == readers[3]
+
+
 def test_a_mistake_is_told_when_its_turn_comes():
     def items():
         yield 0

@@ -68,6 +68,28 @@ def test_epochs_of_a_limited_length_go_on_too(make, uninterrupted, tmp_path):
     assert same(module.trained, uninterrupted[False][1].trained[:9])
 
 
+@pytest.mark.parametrize(
+    ("settings", "cut", "blocks"),
+    [
+        ({"max_steps": 6}, None, 2),
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, None, 2),
+        ({"max_steps": 7}, 5, 1),
+    ],
+)
+def test_nothing_is_read_that_no_step_will_take(
+    make, uninterrupted, tmp_path, settings, cut, blocks
+):
+    datamodule = make()
+    read, contexts = datamodule.read, []
+    datamodule.read = lambda inputs: contexts.extend(inputs) or read(inputs)
+    checkpoint = None if cut is None else uninterrupted[False][0] / f"{cut}.ckpt"
+    trainer(tmp_path, **settings).fit(
+        Recorder(), datamodule, ckpt_path=checkpoint, weights_only=True
+    )
+    block = next(datamodule.train_dataloader().blocks(0))
+    assert len(contexts) == blocks * len(block)
+
+
 def test_validation_does_not_move_the_stream(make, uninterrupted, tmp_path):
     module = Recorder()
     settings = {"limit_val_batches": None, "val_check_interval": 3}
@@ -188,7 +210,7 @@ def of_process_with_the_same_tokens(rank, settings, cache):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
     strategy = SimpleNamespace(device_mesh=mesh, root_device=torch.device("cpu"))
     datamodule = ActivationDataModule(**settings)
-    datamodule.trainer = SimpleNamespace(strategy=strategy, precision="32-true")
+    datamodule.trainer = SimpleNamespace(strategy=strategy, precision="32-true", max_steps=-1)
     return take(datamodule, 9), [batch["input_ids"] for batch in datamodule.val_dataloader()]
 
 

@@ -134,6 +134,26 @@ def test_a_block_is_read_when_needed_or_one_ahead(ahead):
     assert set(read_blocks[8:]) <= ({2} if ahead else set())
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_block_is_not_read_ahead_of_the_last_batch_that_will_be_asked_for(first):
+    read_blocks = []
+
+    def counted(input_ids):
+        read_blocks.append(int(input_ids[0, 0]) // (CONTEXTS * LENGTH))
+        return read(input_ids)
+
+    every = take(12)
+    for left in (4 - first, 5 - first):  # the first block has four batches
+        read_blocks.clear()
+        limited = stream((0, first), read=counted, left=lambda count=left: count)
+        batches = iter(limited)
+        for _ in range(left):
+            next(batches)
+        batches.close()
+        assert set(read_blocks) == ({0} if left == 4 - first else {0, 1})
+        assert same(list(itertools.islice(limited, 8)), every[first : first + 8])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_activations_that_are_not_finite(bad):
     def spoiled(input_ids):
