@@ -54,6 +54,12 @@ class Matches:
             chosen = chosen.nonzero().squeeze(1)
         return Matches(self.token[chosen], self.feature[chosen], self.value[chosen], self.shape)
 
+    def of_first(self, tokens: int) -> "Matches":
+        """Return the matches of the first tokens only, so many."""
+        count = int((self.token < tokens).sum())
+        columns = self.token[:count], self.feature[:count], self.value[:count]
+        return Matches(*columns, (tokens, self.shape[1]))
+
     def with_values(self, value: Tensor) -> "Matches":
         """Return the same pairs with other values, shape (matches,)."""
         matches = Matches(self.token, self.feature, value, self.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -29,7 +29,19 @@ from lightning_sae.optim.whole_steps import WholeSteps
 from lightning_sae.parallel.agreement import average_gradients, start_alike
 from lightning_sae.pretrained import PretrainedAutoencoder
 
-__all__ = ["SparseAutoencoder"]
+__all__ = ["Encoded", "SparseAutoencoder"]
+
+
+class Encoded(NamedTuple):
+    """What a validation or test step made of its batch, for callbacks that need it too.
+
+    Attributes:
+        codes: The matches of its tokens.
+        reconstruction: What they stand for, (tokens, d_model), in the units of the activations.
+    """
+
+    codes: Matches
+    reconstruction: Tensor
 
 
 class SparseAutoencoder(PretrainedAutoencoder):
@@ -98,15 +110,16 @@ class SparseAutoencoder(PretrainedAutoencoder):
         """Measure afresh."""
         self._metrics = [collect(self.configure_metrics()).to(self.device)]
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update the metrics with a batch of held-out activations."""
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Encoded] | None:
+        """Update the metrics with a batch of held-out activations; return it as `encoded`."""
         if self.trainer.sanity_checking:  # before the first step there is nothing to measure
-            return
+            return None
         x = activations_in(batch)
         x = x.reshape(-1, x.shape[-1])
         matches = self.match(x)
         reconstruction = self.reconstruct(matches) / self.scales(x)
         self._metrics[0].update(codes=matches, reconstruction=reconstruction, activations=x)
+        return {"encoded": Encoded(matches, reconstruction)}
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 

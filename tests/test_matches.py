@@ -33,6 +33,12 @@ def test_only_values_above_zero_fire_as_in_dense_codes():
     assert matches.per_feature().tolist() == fires.sum(0).tolist() == [1, 0, 1, 1]
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 4, 6])
+def test_those_of_the_first_tokens(dense: Tensor, tokens: int):
+    first = matches_where(dense, dense > 0).of_first(tokens)
+    assert torch.equal(first.to_dense(), dense[:tokens])
+
+
 def test_some_are_selected_by_a_mask_or_by_number(dense: Tensor):
     matches = matches_where(dense, dense > 0)
     expected = torch.where(dense > 0.5, dense, 0)

@@ -71,6 +71,22 @@ def test_trains_as_a_child_of_another_module():
     assert host.sae(activations()).shape == (64, D_MODEL)
 
 
+class KeepOutputs(pl.Callback):
+    def on_validation_batch_end(self, trainer, pl_module, outputs, *_):
+        self.outputs = outputs
+
+
+@every_architecture
+def test_callbacks_get_what_a_validation_step_made_of_its_batch(make):
+    sae, kept = make(), KeepOutputs()
+    sae.loss(activations())  # sets thresholds
+    x = activations()
+    quiet_trainer(callbacks=[kept]).validate(sae, DataLoader([x], batch_size=None), verbose=False)
+    codes, reconstruction = kept.outputs["encoded"]
+    assert torch.equal(codes.to_dense(), sae.encode(x))
+    assert torch.equal(reconstruction, sae(x))
+
+
 @every_architecture
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_checkpoint_from_python_restores_everything(make, accumulate: int, tmp_path):

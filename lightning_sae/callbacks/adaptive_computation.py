@@ -70,7 +70,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
         self._correlations = {name: Correlation(process_group=ranks.group) for name in _HARDNESS}
 
     def measure(
-        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
+        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]
     ) -> None:
         """Run the language model on a batch and compare its losses with the SAE's matches."""
         input_ids, kept, known = batch["input_ids"], batch["kept"], known_of(batch)
@@ -80,7 +80,9 @@ class AdaptiveComputationCallback(HeldOutCallback):
         if mask is not None:
             scored[:, 1:] &= mask[:, :-1] != 0
         x = batch["activations"][scored[kept]]  # (scored, d_model)
-        matches = pl_module.match(x).per_token()
+        encoded = batch.get("encoded")
+        codes = pl_module.match(batch["activations"]) if encoded is None else encoded.codes
+        matches = codes.per_token()[scored[kept]]
         losses = self.remembered(
             lambda: next_token_losses(
                 residual_stream.replace(input_ids, lambda x: x, **known), input_ids

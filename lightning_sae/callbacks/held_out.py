@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_sae.checks import require_positive
 from lightning_sae.parallel import Ranks, ranks_of
 from lightning_sae.residual_stream import ResidualStream
+from lightning_sae.sae import Encoded
 
 T = TypeVar("T")
 
@@ -55,9 +56,16 @@ class HeldOutCallback(Callback, ABC):
 
     @abstractmethod
     def measure(
-        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
+        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]
     ) -> None:
-        """Measure on a batch. Ranks may measure different numbers of them, or none."""
+        """Measure on a batch. Ranks may measure different numbers of them, or none.
+
+        Args:
+            pl_module: The dictionary.
+            residual_stream: The language model.
+            batch: As the data module made it; and under `encoded` what the module's step has made
+                of it, if it returned an `Encoded` under this name.
+        """
 
     @abstractmethod
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -82,7 +90,7 @@ class HeldOutCallback(Callback, ABC):
     ) -> None:
         """Measure on a batch, unless this is only the check before training."""
         if not trainer.sanity_checking:
-            self._measure(trainer, pl_module, batch)
+            self._measure(trainer, pl_module, outputs, batch)
 
     def on_test_batch_end(
         self,
@@ -94,7 +102,7 @@ class HeldOutCallback(Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure on a batch."""
-        self._measure(trainer, pl_module, batch)
+        self._measure(trainer, pl_module, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was measured."""
@@ -143,7 +151,9 @@ class HeldOutCallback(Callback, ABC):
         self._seen = 0
         self.start(ranks_of(trainer))
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any
+    ) -> None:
         if not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
             return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
@@ -160,6 +170,9 @@ class HeldOutCallback(Callback, ABC):
         self._seen += contexts
         missing = math.ceil(self.tokens / length) - first
         if missing > 0:
+            encoded = outputs.get("encoded") if isinstance(outputs, Mapping) else None
+            if isinstance(encoded, Encoded):
+                batch = {**batch, "encoded": encoded}
             self.measure(pl_module, residual_stream, _first(missing, batch))
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -178,6 +191,10 @@ def _first(contexts: int, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if contexts >= len(batch["kept"]):
         return batch
     cut = {name: batch[name][:contexts] for name in _ROWS if name in batch}
+    tokens = int(cut["kept"].sum())
     if "activations" in batch:
-        cut["activations"] = batch["activations"][: int(cut["kept"].sum())]
+        cut["activations"] = batch["activations"][:tokens]
+    if "encoded" in batch:
+        codes, reconstruction = batch["encoded"]
+        cut["encoded"] = Encoded(codes.of_first(tokens), reconstruction[:tokens])
     return {**batch, **cut}

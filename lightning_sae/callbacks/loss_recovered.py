@@ -1,9 +1,10 @@
 """What the SAE costs the language model whose activations it was trained on."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_sae.callbacks.held_out import HeldOutCallback, known_of
@@ -40,7 +41,7 @@ class LossRecoveredCallback(HeldOutCallback):
         self._metric = LossRecovered(process_group=ranks.group)
 
     def measure(
-        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Tensor]
+        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]
     ) -> None:
         """Run the language model on a batch, as it is, spliced and ablated."""
         ids, kept, mean = batch["input_ids"], batch["kept"], pl_module.input_mean
@@ -49,8 +50,16 @@ class LossRecoveredCallback(HeldOutCallback):
             lambda: ablated_losses(residual_stream, ids, kept, mean, **known),
             *(residual_stream, batch, kept, mean),
         )
+        encoded = batch.get("encoded")
+
+        def reconstruct(x: Tensor) -> Tensor:
+            # A step may have encoded padding too, or what is not the residual stream as it is.
+            if encoded is not None and torch.equal(x, batch["activations"].to(x)):
+                return cast(Tensor, encoded.reconstruction)
+            return cast(Tensor, pl_module(x))
+
         self._metric.to(pl_module.device).update(
-            residual_stream, ids, pl_module, kept, mean, ablated=ablated, **known
+            residual_stream, ids, reconstruct, kept, mean, ablated=ablated, **known
         )
 
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

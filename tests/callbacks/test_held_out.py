@@ -9,14 +9,15 @@ from torch.nn import functional
 
 from lightning_sae.callbacks import AdaptiveComputationCallback, LossRecoveredCallback
 from lightning_sae.data import HeldOutBatches
+from lightning_sae.sae import Encoded
 from tests.callbacks.fakes import D_MODEL, LENGTH, FakeData, FakeLanguageModel, FakeSAE
 from tests.helpers.ddp import run_on_two
 
 CALLBACKS = {"loss": LossRecoveredCallback, "adaptive": AdaptiveComputationCallback}
 
 
-def run_callback(callback, batches, trainer):
-    """What a callback logs of held-out batches."""
+def run_callback(callback, batches, trainer, step=lambda module, batch: None):
+    """What a callback logs of held-out batches, of which a step may have made something."""
     torch.manual_seed(0)
     module, logged = FakeSAE().eval(), {}
     module.factor.data.fill_(0.5)
@@ -24,7 +25,8 @@ def run_callback(callback, batches, trainer):
     callback.on_validation_epoch_start(trainer, module)
     with torch.no_grad():
         for index, batch in enumerate(batches):
-            callback.on_validation_batch_end(trainer, module, None, batch, index)
+            outputs = step(module, batch)
+            callback.on_validation_batch_end(trainer, module, outputs, batch, index)
     callback.on_validation_epoch_end(trainer, module)
     return logged
 
@@ -117,3 +119,55 @@ def test_only_processes_with_other_tokens_measure_together():
     assert [on_first, on_second] == scored  # in 9 contexts, which hold 50 tokens, each
     assert first["val/ce_clean"] > 0
     assert first != second
+
+
+def read(data):
+    """Batches whose activations are what the language model has there."""
+    embeddings = data.residual_stream.embeddings
+    return [
+        {**batch, "activations": embeddings[batch["input_ids"][batch["kept"]]]}
+        for batch in data.batches
+    ]
+
+
+def encoded(module, batch):
+    x = batch["activations"]
+    return {"encoded": Encoded(module.match(x), module(x))}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("tokens", [1, LENGTH + 1, 1000])
+def test_what_the_step_has_encoded_is_not_encoded_again(monkeypatch, name, tokens):
+    calls = []
+    for method in ("match", "forward"):
+        original = getattr(FakeSAE, method)
+        monkeypatch.setattr(
+            FakeSAE, method, lambda self, x, own=original: calls.append(x) or own(self, x)
+        )
+    data = FakeData(count=3)
+    batches = read(data)
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=False, datamodule=data)
+    by_itself = run_callback(CALLBACKS[name](tokens=tokens), batches, trainer)
+    assert calls
+    calls.clear()
+    given = run_callback(CALLBACKS[name](tokens=tokens), batches, trainer, encoded)
+    assert given == pytest.approx(by_itself, rel=1e-6, nan_ok=True)
+    assert len(calls) == 2 * len(batches)  # by the step
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_the_step_has_encoded_is_spliced_in_only_if_it_is_what_was_read(padded):
+    class WithPadding(FakeLanguageModel):
+        def replace(self, input_ids, edit, attention_mask=None):
+            return super().replace(input_ids, edit)
+
+    data = FakeData(count=3)  # whose activations are no embeddings
+    data.residual_stream = WithPadding()
+    mask = torch.ones_like(data.batches[0]["input_ids"])
+    mask[:, -2:] = 0
+    batches = (
+        [{**batch, "attention_mask": mask} for batch in read(data)] if padded else data.batches
+    )
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=False, datamodule=data)
+    by_itself = run_callback(LossRecoveredCallback(), batches, trainer)
+    assert run_callback(LossRecoveredCallback(), batches, trainer, encoded) == by_itself
