@@ -106,7 +106,11 @@ def train(
             sae.calibrate(held_out.chunk(ranks.size)[ranks.index])
         state = {name: full(value) for name, value in sae.state_dict().items()}
         codes = sae.eval().encode(held_out).detach()
-        return losses, norms, state | {"codes": codes, "decoded": sae.decode(codes).detach()}
+        return (
+            losses,
+            norms,
+            state | {"codes": codes, "decoded": sae.decode(codes, like=held_out).detach()},
+        )
 
 
 def assert_equal_training(case: str, count: int, *args: Any) -> None:

@@ -99,7 +99,7 @@ def test_a_token_is_encoded_alone(make, training: bool):
     torch.testing.assert_close(together, alone)
     assert sae.encode(x.view(4, 16, D_MODEL)).shape == (4, 16, N_FEATURES)
     torch.testing.assert_close(sae(x.view(4, 16, D_MODEL)).view(64, -1), sae(x))
-    torch.testing.assert_close(sae.decode(together), sae(x))
+    torch.testing.assert_close(sae.decode(together, like=x), sae(x))
     for name, value in sae.state_dict().items():
         assert torch.equal(value, before[name]), name
 

@@ -189,7 +189,7 @@ def test_what_goes_in_comes_out_in_the_same_type(make, dtype: torch.dtype):
     sae.loss(activations())
     for x in (activations().to(dtype), activations().view(4, 16, D_MODEL).to(dtype)):
         codes = sae.encode(x)
-        assert codes.dtype == sae.decode(codes).dtype == sae(x).dtype == dtype
+        assert codes.dtype == sae.decode(codes, like=x).dtype == sae(x).dtype == dtype
         assert codes.shape == (*x.shape[:-1], N_FEATURES)
         assert sae(x).shape == x.shape
 

@@ -14,7 +14,16 @@ MODULES = {
     for page in (ROOT / "docs" / "api").glob("*.md")
     for name in re.findall(r"^\.\. automodule:: (\S+)$", page.read_text(), re.MULTILINE)
 }
-ROOMS = ["allocation", "architectures", "callbacks", "data", "metrics", "optim", "parallel"]
+ROOMS = [
+    "allocation",
+    "architectures",
+    "callbacks",
+    "data",
+    "interop",
+    "metrics",
+    "optim",
+    "parallel",
+]
 
 
 @pytest.mark.parametrize("room", ROOMS)
