@@ -36,19 +36,22 @@ def compile_instead(
     print(kernel.__name__, target.arch, args[0].dtype)
 
 
-for capability, dtype in (
-    (90, torch.float32),  # H100, H200
-    (90, torch.bfloat16),
-    (100, torch.bfloat16),  # B200, whose matrix products take another way through the compiler
-):
-    target = GPUTarget("cuda", capability, warp_size=32)
-    JITFunction.run = partialmethod(compile_instead, target)
-    table, numbers = torch.zeros(600, 600, dtype=dtype), torch.zeros(600, dtype=dtype)
-    index = torch.arange(600)
-    for entries in (500, 600):  # one launch, several
-        sum_rows(table, index[:entries], index[:entries], numbers[:entries], 600)
-    dot_rows(table, index, table, index)
-    for precision in ("highest", "high"):
-        torch.set_float32_matmul_precision(precision)
-        pairs_above(table, table, numbers, None, numbers.float())
-        block_maxima(table, table, numbers, numbers.float(), numbers.float(), rows_are_tokens=False)
+if __name__ == "__main__":  # doctests import every file
+    for capability, dtype in (
+        (90, torch.float32),  # H100, H200
+        (90, torch.bfloat16),
+        (100, torch.bfloat16),  # B200, whose matrix products take another way through the compiler
+    ):
+        target = GPUTarget("cuda", capability, warp_size=32)
+        JITFunction.run = partialmethod(compile_instead, target)
+        table, numbers = torch.zeros(600, 600, dtype=dtype), torch.zeros(600, dtype=dtype)
+        index = torch.arange(600)
+        for entries in (500, 600):  # one launch, several
+            sum_rows(table, index[:entries], index[:entries], numbers[:entries], 600)
+        dot_rows(table, index, table, index)
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            pairs_above(table, table, numbers, None, numbers.float())
+            block_maxima(
+                table, table, numbers, numbers.float(), numbers.float(), rows_are_tokens=False
+            )
