@@ -21,7 +21,7 @@ from lightning_sae.core.state_format import require_known
 from lightning_sae.model_card import model_card
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "read_config"]
+__all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "config_of"]
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -131,7 +131,7 @@ class PretrainedAutoencoder(
         map_location: str | torch.device = "cpu",
         **options: Any,
     ) -> Self:
-        found = read_config(model_id, config)
+        found = _checked(model_id, config)
         if found["architecture"] not in {kind.__name__ for kind in cls.__mro__}:
             raise UsageError(
                 f"{model_id} is a {found['architecture']}, not a {cls.__name__}: "
@@ -169,7 +169,20 @@ class PretrainedAutoencoder(
         return sae.to(map_location).eval()
 
 
-def read_config(where: str, config: Any) -> dict[str, Any]:
+def config_of(folder: str | Path) -> dict[str, Any]:
+    """Return the `config.json` of a folder that holds an SAE.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    try:
+        config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # the latter if it is no JSON, or no UTF-8
+        raise UsageError(f"{folder} has no {CONFIG} of an SAE: {error}") from error
+    return _checked(str(folder), config)
+
+
+def _checked(where: str, config: Any) -> dict[str, Any]:
     """Return the `config.json` of a pretrained SAE.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from inspect import isabstract
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lightning_sae.checkpoint_io import read_checkpoint
 from lightning_sae.checks import UsageError
-from lightning_sae.pretrained import CONFIG, read_config
+from lightning_sae.pretrained import CONFIG, config_of
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["load"]
@@ -39,18 +38,18 @@ def load(
         architecture = read_checkpoint(path).get("architecture", "")
         return _kind(architecture, path).load_from_checkpoint(path, map_location).eval()
     try:
-        file = Path(path, CONFIG)
-        if not Path(path).is_dir():
-            file = Path(hf_hub_download(str(path), CONFIG, revision=revision))
-        config = read_config(str(path), json.loads(file.read_text(encoding="utf-8")))
-        kind = _kind(config["architecture"], path)
+        folder = path if Path(path).is_dir() else _downloaded(str(path), revision)
+        kind = _kind(config_of(folder)["architecture"], path)
         return kind.from_pretrained(path, revision=revision, map_location=map_location)
-    except (HFValidationError, HfHubHTTPError) as error:
+    except (HFValidationError, HfHubHTTPError, FileNotFoundError) as error:
         raise UsageError(
             f"{path} is no file or folder, nor is it found on the hub: {error}"
         ) from error
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} has no {CONFIG} of an SAE: {error}") from error
+
+
+def _downloaded(repository: str, revision: str | None) -> Path:
+    """Return the folder in the hub's cache that has the configuration of a repository."""
+    return Path(hf_hub_download(repository, CONFIG, revision=revision)).parent
 
 
 def _kind(architecture: Any, path: str | Path) -> type[SparseAutoencoder]:

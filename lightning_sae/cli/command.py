@@ -22,7 +22,7 @@ from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, req
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line_errors, refusals
 from lightning_sae.cli.exchange import export_sae, import_sae
-from lightning_sae.cli.from_checkpoint import tell_changes, with_its_settings
+from lightning_sae.cli.from_checkpoint import of_folder, tell_changes, with_its_settings
 from lightning_sae.cli.noise import silence_noise
 from lightning_sae.cli.parser import ConfigFile, Parser, run_function
 from lightning_sae.cli.run_folders import own_folders
@@ -194,7 +194,12 @@ class SparseAutoencoderCLI(LightningCLI):
         self._run("predict", **kwargs | {"return_predictions": False})
 
     def _run(self, subcommand: str, **kwargs: Any) -> None:
-        self._check_checkpoint(subcommand, kwargs.get("ckpt_path"))
+        path = kwargs.get("ckpt_path")
+        if subcommand != "fit" and path is not None and Path(path).is_dir():
+            sae = of_folder(self.model, self.datamodule, path)
+            kwargs |= {"model": sae, "ckpt_path": None}
+        else:
+            self._check_checkpoint(subcommand, path)
         with own_folders(self.trainer, subcommand):
             getattr(self.trainer, subcommand)(**kwargs, weights_only=True)
 

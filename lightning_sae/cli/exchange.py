@@ -62,9 +62,15 @@ def _activations(record: dict[str, Any], tokens: int) -> Tensor | None:
         rank_zero_warn("What the SAE was trained on is not known: no real activations are read")
         return None
     try:
-        length = settings.get("context_length", 128)
-        data = ActivationDataModule(**settings, validation_tokens=max(tokens, length))
-        return torch.cat([batch["activations"] for batch in data.val_dataloader()])[:tokens]
+        # Twice as many, since special tokens are none of them; what is not needed is not read.
+        most = 2 * tokens + settings.get("context_length", 128)
+        data = ActivationDataModule(**settings, validation_tokens=most)
+        found: list[Tensor] = []
+        for batch in data.val_dataloader():
+            found.append(batch["activations"])
+            if sum(map(len, found)) >= tokens:
+                break
+        return torch.cat(found)[:tokens]
     except (UsageError, OSError) as error:
         rank_zero_warn(
             f"What the SAE was trained on cannot be read, so no real activations: {error}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -13,8 +13,14 @@ from lightning_sae.checkpoint_format import TRAINED_WITH
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.parser import find_config
+from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.data.provenance import require_same_activations
+from lightning_sae.pretrained import config_of
+from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["tell_changes", "with_its_settings"]
+__all__ = ["of_folder", "tell_changes", "with_its_settings"]
+
+ACTIVATIONS: Final = ("model_name", "layer", "model_dtype")
 
 
 def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
@@ -32,7 +38,7 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
     if place == 0 or not config.get("ckpt_path"):
         return list(tokens)
     try:
-        found = open_checkpoint(config.ckpt_path)
+        found = _noted_in(config.ckpt_path, _class_of(config.data))
     except (UsageError, OSError):  # which is told when the run begins
         return list(tokens)
     settings = []
@@ -46,6 +52,25 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
     read = {name: value for name, value in activations.items() if name in taken}
     settings += _as_options("data", read)
     return [*tokens[:place], *settings, *tokens[place:]]
+
+
+def of_folder(model: SparseAutoencoder, data: Any, folder: str) -> SparseAutoencoder:
+    """Return the SAE that a folder of `save_pretrained` holds, to be measured on some data.
+
+    Args:
+        model: What the configuration asks for: its class, and settings on which codes depend.
+        data: A data module.
+        folder: Where the SAE is.
+
+    Raises:
+        UsageError: If the SAE is another, or was trained on other activations.
+    """
+    asked = {name: model.hparams[name] for name in model.code_settings if name in model.hparams}
+    kind = type(model)
+    sae = kind.from_pretrained(folder, **asked)
+    if isinstance(data, FrozenModelDataModule):
+        require_same_activations(data.model.description, sae.record.get("trained_on", {}))
+    return sae
 
 
 def tell_changes(packaged: Any, config: Any) -> None:
@@ -84,6 +109,21 @@ def _after_packaged(tokens: Sequence[str]) -> int:
             break
         last = end
     return last
+
+
+def _noted_in(path: str, data_class: str) -> dict[str, Any]:
+    """Return what is noted in a checkpoint, or in a folder as a checkpoint would have it."""
+    if not Path(path).is_dir():
+        return open_checkpoint(path)
+    config = config_of(path)
+    arguments, trained_on = config["arguments"], config.get("trained_on", {})
+    names = SparseAutoencoder.code_settings
+    return {
+        "architecture": config["architecture"],
+        "hyper_parameters": arguments,
+        TRAINED_WITH: {name: arguments[name] for name in names if name in arguments},
+        data_class: {"activations": {n: trained_on[n] for n in ACTIVATIONS if n in trained_on}},
+    }
 
 
 def _kinds_of(config: Any) -> list[str]:

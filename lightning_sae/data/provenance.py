@@ -11,7 +11,7 @@ import torch
 from lightning_sae.checks import UsageError
 from lightning_sae.data.blocks import Inputs, NumberedInputs
 
-__all__ = ["ORDER", "compare", "fingerprint"]
+__all__ = ["ORDER", "compare", "fingerprint", "require_same_activations"]
 
 ORDER: Final = frozenset({"model_name", "batch_size", "batches_per_block"})
 """Arguments that decide which inputs a place in the stream means, though not which there are."""
@@ -49,7 +49,7 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any], resumed: bool, so
     Raises:
         UsageError: If it is one. A model and its text may have moved.
     """
-    _require_same_activations(now["activations"], before.get("activations", {}))
+    require_same_activations(now["activations"], before.get("activations", {}))
     if not resumed:
         return
     pairs = {name: (now["place"].get(name), was) for name, was in before["place"].items()}
@@ -57,7 +57,16 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any], resumed: bool, so
     _require_same_inputs(changed, now["inputs"], before.get("inputs"), source)
 
 
-def _require_same_activations(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+def require_same_activations(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another layer, dtype or other weights, where it notes them.
+
+    Args:
+        now: What activations are, as `FrozenModel.description` says.
+        before: What they were.
+
+    Raises:
+        UsageError: If they are others.
+    """
     for name in ("layer", "model_dtype"):
         if name in before and now[name] != before[name]:
             raise UsageError(

@@ -130,6 +130,31 @@ def test_a_checkpoint_is_measured_with_what_it_was_trained_with(tmp_path: Path, 
             main([*line, f"--ckpt_path={checkpoint}", option])
 
 
+@pytest.mark.filterwarnings("ignore:Measured with what is in the checkpoint")
+def test_a_folder_is_measured_as_its_checkpoint_is(tmp_path: Path, capsys):
+    trained = {"model__k": "5", "model__n_features": "300", "data__layer": "1"}
+    main(arguments("fit", "mutual_choice.yaml", **trained))
+    run = tmp_path / "runs/mutual_choice/version_0"
+    small = {key: value for key, value in SMALL.items() if key != "model.n_features"}
+    line = ["test", "--config", "mutual_choice.yaml"]
+    line += [f"--{key}={value}" for key, value in small.items()]
+    tables = []
+    for path in (run / "checkpoints/last.ckpt", run / "pretrained"):
+        capsys.readouterr()
+        main([*line, f"--ckpt_path={path}"])
+        tables.append(re.findall(r"^(\w+ +[\d.,e+-]+)\b", capsys.readouterr().out, re.MULTILINE))
+    assert len(tables[0]) > 10
+    assert tables[0] == tables[1]
+    for option, message in {
+        "--model.k=6": "k=6: .*pretrained was trained with k=5",
+        "--data.layer=2": "layer=2: the checkpoint was trained on 1",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main([*line, f"--ckpt_path={run / 'pretrained'}", option])
+    with pytest.raises(SystemExit, match="pretrained is a MutualChoiceSAE, not a TopKSAE"):
+        main([*line, "--config=topk.yaml", f"--ckpt_path={run / 'pretrained'}"])
+
+
 def test_another_k_than_the_checkpoint_s_is_told(tmp_path: Path):
     """LightningCLI by itself lets a checkpoint's k override the one on the command line, unsaid."""
     main(arguments("fit", "topk.yaml"))

@@ -1,0 +1,83 @@
+"""The commands `export` and `import`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_sae import MutualChoiceSAE, TopKSAE, load
+from lightning_sae.cli import main
+from tests.helpers.foreign import RECORD, assert_same, trained
+
+QUICKSTART = {"trained_on": {"model_name": "quickstart", "layer": 1, "text": "quickstart"}}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:What the SAE was trained on cannot be read")
+def test_an_sae_leaves_and_comes_back(capsys):
+    sae = trained("topk")
+    sae.save_pretrained("mine")
+    main(["export", "--ckpt_path=mine", "--to=saelens", "--output=theirs"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("random activations, 1,024 tokens: largest error ")
+    assert told[-1] == "theirs is for saelens."
+    main(["import", "--path=saelens:theirs", "--output=again"])
+    assert capsys.readouterr().out == "again holds a TopKSAE: lightning_sae.load('again')\n"
+    again = load("again")
+    assert_same(sae, again)
+    assert again.record == RECORD
+
+
+def test_real_activations_are_compared_where_they_can_be_read(capsys):
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(256, 64, 4)
+    sae.loss(torch.randn(512, 256))
+    sae.record = QUICKSTART
+    sae.save_pretrained("mine")
+    main(["export", "--ckpt_path=mine", "--to=openmoss", "--output=theirs", "--tokens=500"])
+    random, real, _ = capsys.readouterr().out.splitlines()
+    assert random.startswith("random activations, 1,024 tokens")
+    assert real.startswith("real activations, 500 tokens")
+
+
+def test_mean_and_scale_are_measured_where_they_can_be_read():
+    sae = TopKSAE(256, 64, 4)
+    sae.loss(torch.randn(512, 256))
+    sae.record = QUICKSTART
+    sae.save_pretrained("mine")
+    main(["export", "--ckpt_path=mine", "--to=sparsify", "--output=theirs", "--tokens=256"])
+    main(["import", "--path=sparsify:theirs", "--output=again", "--tokens=2000"])
+    again = load("again")
+    assert again.input_mean.norm() > 1
+    x = again.input_mean + torch.randn(2000, 256) / again.input_scale
+    assert 0.5 < again.loss(x)[0] < 2  # in units in which all of the variance is 1
+
+
+MISTAKES = [
+    (["export", "--ckpt_path=none", "--to=saelens", "--output=out"], "none is no file or folder"),
+    (["export", "--to=saelens", "--output=out"], "arguments are required: ckpt_path"),
+    (["export", "--ckpt_path=mine", "--to=other", "--output=out"], "saelens"),
+    (["export", "--ckpt_path=mine", "--to=sparsify", "--output=out"], "it has no thresholds"),
+    (["export", "--ckpt_path=mine", "--to=saelens", "--output=mine"], "holds files already"),
+    (["import", "--path=mine", "--output=out"], "begins with none of saelens:"),
+    (["import", "--path=saelens:none", "--output=out"], "there is no such folder"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:What the SAE was trained on")
+@pytest.mark.parametrize(("line", "told"), MISTAKES)
+def test_a_mistake_is_told_in_one_line(line: list[str], told: str, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    trained("mutual_choice").save_pretrained("mine")
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    message = capsys.readouterr().err if stopped.value.code == 2 else str(stopped.value.code)
+    assert told in message
+    assert message.strip().count("\n") == 0
+    kept = json.loads(Path("mine/config.json").read_text())
+    assert kept["architecture"] == "MutualChoiceSAE"
