@@ -218,7 +218,7 @@ def test_a_checkpoint_that_is_none_is_refused(content: bytes | None, tmp_path: P
 
 
 def test_thresholds_keep_each_features_share():
-    sae = from_scratch(importance="affinity")
+    sae = from_scratch(normalize_inputs="average")
     train(sae, 300)
     assert sae.threshold.shape == (24,)
     sae.eval()

@@ -10,7 +10,7 @@ from tests.helpers.superposition import superposition
 
 def test_the_threshold_follows_the_smallest_choice_and_keeps_the_budget():
     torch.manual_seed(0)
-    sae = MutualChoiceSAE(8, 24, k=3, importance="affinity")
+    sae = MutualChoiceSAE(8, 24, k=3, normalize_inputs="average")
     x = superposition(128, 8, n_features=16, seed=0)
     sae.loss(x)
     smallest = chosen(sae, x).value.min()
@@ -23,7 +23,7 @@ def test_the_threshold_follows_the_smallest_choice_and_keeps_the_budget():
 
 def test_the_threshold_is_a_running_average():
     torch.manual_seed(0)
-    sae = MutualChoiceSAE(8, 24, k=3, importance="affinity")
+    sae = MutualChoiceSAE(8, 24, k=3, normalize_inputs="average")
     batches = [superposition(128, 8, n_features=16, seed=seed) * (1 + seed) for seed in range(2)]
     sae.loss(batches[0])
     first = sae.threshold.clone()
