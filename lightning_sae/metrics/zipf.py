@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from lightning_sae.metrics.density import FeatureDensity
-from lightning_sae.zipf import DYING_BELOW, FEWEST_FIRINGS, ZipfFitError, fit_zipf
+from lightning_sae.zipf import (
+    DYING_BELOW,
+    FEWEST_FIRINGS,
+    ZipfFitError,
+    ZipfMandelbrot,
+    fit_zipf,
+)
 
 
 class ZipfStatistics(FeatureDensity):
@@ -67,11 +73,8 @@ def zipf_statistics(density: Tensor, tokens: int) -> dict[str, Tensor]:
         law = fit_zipf(density, tokens)
     except ZipfFitError:
         return {}
-    found = density.detach().to("cpu", torch.float64).sort(descending=True).values
-    expected = law.density(torch.arange(1, len(found) + 1))
-    dying = (found > 0) & (found < DYING_BELOW * expected) & (tokens * expected >= FEWEST_FIRINGS)
     figures = {
-        "dying_fraction": dying.double().mean().item(),
+        "dying_fraction": dying_features(density, tokens, law).double().mean().item(),
         "zipf_exponent": law.exponent,
         "zipf_offset": law.offset,
         "zipf_r2": law.r2,
@@ -80,3 +83,18 @@ def zipf_statistics(density: Tensor, tokens: int) -> dict[str, Tensor]:
     }
     tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in figures.items()}
     return {name: value.to(density.device) for name, value in tensors.items() if value.isfinite()}
+
+
+def dying_features(density: Tensor, tokens: int, law: ZipfMandelbrot) -> Tensor:
+    """Return which features are dying, as `zipf_statistics` counts them: bool, (features,).
+
+    Args:
+        density: Share of tokens on which each feature fires, `(features,)`, in any order.
+        tokens: Tokens over which it was measured.
+        law: What `lightning_sae.zipf.fit_zipf` returned for them.
+    """
+    found = density.detach().to("cpu", torch.float64)
+    expected = torch.empty_like(found)
+    order = found.argsort(descending=True, stable=True)
+    expected[order] = law.density(torch.arange(1, len(found) + 1))
+    return (found > 0) & (found < DYING_BELOW * expected) & (tokens * expected >= FEWEST_FIRINGS)

@@ -6,6 +6,7 @@ from torchmetrics import MetricCollection
 
 from lightning_sae.metrics import DeadFeatures, FeatureDensity, ZipfStatistics, zipf_statistics
 from lightning_sae.metrics import density as counting
+from lightning_sae.metrics.zipf import dying_features
 from lightning_sae.zipf import DYING_BELOW, fit_zipf
 from tests.helpers.ddp import run_on_two
 from tests.test_zipf import N_FEATURES, TOKENS, law, measured
@@ -68,6 +69,15 @@ def test_dying_is_below_three_quarters_of_the_law_as_a_share_of_all_features(sha
     figures = zipf_statistics(torch.cat([density, torch.zeros(dead)]), 10**9)
     assert figures["zipf_exponent"].item() == pytest.approx(1, abs=0.001)  # the others' law
     assert figures["dying_fraction"].item() == pytest.approx(dying * 1000 / (1000 + dead))
+
+
+def test_it_says_which_features_are_dying_in_whatever_order_they_are():
+    density = 0.5 / (torch.arange(1, 1001) + 3.0)
+    density[900:950] *= 0.1
+    density[950:] = 0  # dead
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    dying = dying_features(density[order], 10**7, fit_zipf(density, 10**7))
+    assert dying.tolist() == [900 <= rank < 950 for rank in order.tolist()]
 
 
 def test_where_the_law_expects_too_few_firings_none_is_dying():
