@@ -13,7 +13,7 @@ ROOMS = (
     ("cli", "__main__"),
     ("interop",),
     ("architectures",),
-    ("callbacks",),
+    ("callbacks", "report"),
     ("sae",),
     ("pretrained",),
     ("checkpointed",),
