@@ -25,6 +25,7 @@ from lightning_sae.cli.exchange import export_sae, import_sae
 from lightning_sae.cli.from_checkpoint import of_folder, tell_changes, with_its_settings
 from lightning_sae.cli.noise import silence_noise
 from lightning_sae.cli.parser import ConfigFile, Parser, run_function
+from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import FrozenModelDataModule
@@ -32,7 +33,7 @@ from lightning_sae.data import FrozenModelDataModule
 __all__ = ["SparseAutoencoderCLI", "main"]
 
 COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
-    {"export": export_sae, "import": import_sae}
+    {"report": report, "export": export_sae, "import": import_sae}
 )
 """Those that are no methods of the Trainer, and so none of LightningCLI's subcommands."""
 SEEDS: Final = 2**32 - 1
@@ -44,7 +45,7 @@ LEAST: Final = {
 
 
 def main(args: ArgsType = None) -> None:
-    """Run `lightning_sae fit|validate|test|predict|export|import`.
+    """Run `lightning_sae fit|validate|test|predict`, or one of `COMMANDS`.
 
     Args:
         args: Command line, without the program's name. Default: that of the process.

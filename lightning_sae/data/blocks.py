@@ -21,6 +21,7 @@ __all__ = [
     "Inputs",
     "NumberedInputs",
     "endless_blocks",
+    "first_inputs",
     "held_out_parts",
     "of_length",
     "stacked",
@@ -152,7 +153,7 @@ def held_out_parts(
     Returns:
         The inputs of "validation" and "test".
     """
-    first = _first(inputs, validation + test)
+    first = first_inputs(inputs, validation + test)
     parts = {"validation": first[:validation], "test": first[validation:]}
     if len(first) < validation + test:
         rank_zero_info(
@@ -163,7 +164,8 @@ def held_out_parts(
     return parts
 
 
-def _first(inputs: Inputs, count: int) -> list[Tensor]:
+def first_inputs(inputs: Inputs, count: int) -> list[Tensor]:
+    """Return the first so many inputs, or all if there are fewer; no others are read."""
     if hasattr(inputs, "__len__"):
         numbered = cast(NumberedInputs, inputs)
         return [numbered[number] for number in range(min(count, len(numbered)))]

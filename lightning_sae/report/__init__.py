@@ -6,6 +6,7 @@ from lightning_sae.report.logit_lens import LogitLens, logit_lens
 from lightning_sae.report.nearest import nearest_features
 from lightning_sae.report.page import page
 from lightning_sae.report.table import write_tables
+from lightning_sae.report.write import report_of, write_report
 
 __all__ = [
     "Examples",
@@ -17,5 +18,7 @@ __all__ = [
     "logit_lens",
     "nearest_features",
     "page",
+    "report_of",
+    "write_report",
     "write_tables",
 ]

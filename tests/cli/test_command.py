@@ -297,5 +297,6 @@ def test_a_wheel_carries_the_configurations_and_the_model(tmp_path: Path):
     package = unpacked / "lightning_sae"
     packaged = {path.relative_to(package / "configs") for path in package.rglob("*.yaml")}
     assert packaged == {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")}
-    for name in ("py.typed", "quickstart/model.safetensors", "quickstart/text/train.parquet"):
+    others = ("py.typed", "quickstart/model.safetensors", "quickstart/text/train.parquet")
+    for name in (*others, "report/page.html", "report/page.css", "report/page.js"):
         assert (package / name).is_file()

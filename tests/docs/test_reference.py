@@ -23,6 +23,7 @@ ROOMS = [
     "metrics",
     "optim",
     "parallel",
+    "report",
 ]
 
 

@@ -1,0 +1,78 @@
+"""The command `lightning_sae report`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_sae.architectures import load
+from lightning_sae.checks import UsageError
+from lightning_sae.data import ActivationDataModule
+from lightning_sae.data.provenance import compare
+from lightning_sae.report.write import Split, report_of, write_report
+from lightning_sae.sae import SparseAutoencoder
+
+__all__ = ["report"]
+
+
+def report(
+    ckpt_path: str,
+    output: str = "report.html",
+    *,
+    tokens: int = 250_000,
+    split: Split = "held_out",
+    model_name: str | None = None,
+    text: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Show what the features of a trained SAE fire on, as a page to open in a browser.
+
+    Args:
+        ckpt_path: A checkpoint, a folder that `save_pretrained` wrote, or the id of a repository on
+            the Hugging Face hub.
+        output: The page. Tables of the same content come beside it, as parquet. Files that are
+            there are replaced.
+        tokens: Tokens to read. The more, the rarer the features of which something is seen.
+        split: Whether to read text that was held out, or that was trained on, which is more.
+        model_name: The language model, if it is no longer where it was in training.
+        text: The text to read, if it is no longer where it was, or another is wanted.
+        device: What to compute on: cpu, cuda, or auto, which is a GPU if there is one.
+    """
+    page = Path(output).expanduser()
+    if page.suffix != ".html" or page.is_dir():
+        raise UsageError(f"output={output} must be a file whose name ends in .html")
+    if not page.parent.is_dir():  # found out now, not after the pass
+        raise UsageError(f"output={output}: there is no folder {page.parent}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    sae = load(ckpt_path, map_location=device)
+    data = _data_of(sae, ckpt_path, {"model_name": model_name, "text": text})
+    for path in write_report(report_of(sae, data, tokens=tokens, split=split), page):
+        print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _data_of(
+    sae: SparseAutoencoder, path: str, changes: dict[str, str | None]
+) -> ActivationDataModule:
+    """Return the data module that the SAE was trained with, as its record says.
+
+    Args:
+        sae: A trained one.
+        path: What messages call it.
+        changes: What the user says instead; None: nothing.
+    """
+    trained_on: dict[str, Any] = sae.record.get("trained_on", {})
+    if "text" not in trained_on:
+        found = "images" if "images" in trained_on else "nothing"
+        raise UsageError(
+            f"ckpt_path={path}: a report reads the text that an SAE was trained on, and this one "
+            f"notes {found} of the kind"
+        )
+    arguments = inspect.signature(ActivationDataModule).parameters
+    noted = {name: value for name, value in trained_on.items() if name in arguments}
+    data = ActivationDataModule(**noted | {n: v for n, v in changes.items() if v is not None})
+    compare(data.state_dict(), {"activations": trained_on}, resumed=False, source=data.source)
+    return data

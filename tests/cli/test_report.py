@@ -1,0 +1,78 @@
+"""`lightning_sae report` as a user meets it."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_sae import SparseAutoencoder
+from lightning_sae.cli import main
+from tests.data.tiny import LENGTH, save_model
+from tests.report.test_page import data_in
+from tests.report.tiny_sae import trained_in
+
+
+@pytest.fixture
+def sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SparseAutoencoder:
+    return trained_in(tmp_path, monkeypatch)[0]
+
+
+@pytest.fixture
+def folder(sae: SparseAutoencoder, tmp_path: Path) -> str:
+    sae.save_pretrained(tmp_path / "sae")
+    return str(tmp_path / "sae")
+
+
+def test_a_page_and_tables(folder: str, tmp_path: Path, capsys):
+    page = tmp_path / "report.html"
+    main(["report", f"--ckpt_path={folder}", f"--output={page}", f"--tokens={6 * LENGTH}"])
+    shown = data_in(page.read_text())
+    assert shown["title"] == "TopKSAE on layer 1 of model"
+    assert len(shown["count"]) == 24
+    printed = capsys.readouterr().out
+    assert all(path.name in printed for path in tmp_path.glob("report.*"))
+    assert len(list(tmp_path.glob("report.*"))) == 3
+
+
+def test_a_model_that_has_moved_can_be_named(folder: str, tmp_path: Path):
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "model").rename(moved)
+    page = tmp_path / "report.html"
+    line = ["report", f"--ckpt_path={folder}", f"--output={page}", f"--tokens={6 * LENGTH}"]
+    main([*line, f"--model_name={moved}", "--split=train"])
+    assert data_in(page.read_text())["title"] == "TopKSAE on layer 1 of elsewhere"
+
+
+def refused(*line: str, capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", *line])
+    printed = capsys.readouterr().err
+    return printed if isinstance(exit_.value.code, int) else str(exit_.value.code)
+
+
+def test_mistakes_are_told_in_a_line_before_anything_is_read(folder, sae, tmp_path, capsys):
+    given = f"--ckpt_path={folder}"
+    page = f"--output={tmp_path / 'report.html'}"
+    assert "report.pdf must be a file" in refused(given, "--output=report.pdf", capsys=capsys)
+    assert "there is no folder nowhere" in refused(given, "--output=nowhere/a.html", capsys=capsys)
+    assert "tokens=1 must be at least" in refused(given, page, "--tokens=1", capsys=capsys)
+    assert "split" in refused(given, page, "--split=test", capsys=capsys)
+    assert "nothing.ckpt" in refused("--ckpt_path=nothing.ckpt", page, capsys=capsys)
+    assert "ckpt_path" in refused(page, capsys=capsys)
+    other = save_model(tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    assert "the checkpoint was trained on" in refused(
+        given, page, f"--model_name={other}", capsys=capsys
+    )
+    sae.record = {}
+    sae.save_pretrained(folder)
+    assert "notes nothing of the kind" in refused(given, page, capsys=capsys)
+    assert not list(tmp_path.glob("report.*"))
+
+
+def test_help_tells_of_its_arguments(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--ckpt_path" in printed
+    assert "--tokens" in printed
