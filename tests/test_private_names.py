@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
+from huggingface_hub import ModelHubMixin
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
@@ -53,6 +54,10 @@ def versions(logger: Any) -> list[Any]:
 
 MEAN = ["mean_value", "weight"]  # the states of a MeanMetric
 PIECE = torch.zeros(2, 2)
+HUB = [
+    *("cls", "model_id", "revision", "cache_dir", "force_download", "local_files_only", "token"),
+    "model_kwargs",
+]
 PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
     "_apply": [
         # Moves and converts what a module holds, whichever of `to`, `half`, `cuda` ... is called.
@@ -155,6 +160,18 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
             "torch.utils",
             lambda: tree_map(lambda x: x + 1, [1, (2,), {"a": 3}]),
             [2, (3,), {"a": 4}],
+        ),
+    ],
+    "_from_pretrained": [
+        # What a class of huggingface_hub's mixin overrides, as its documentation says.
+        ("ModelHubMixin", lambda: parameters(ModelHubMixin._from_pretrained.__func__), HUB),
+    ],
+    "_save_pretrained": [
+        # Its counterpart.
+        (
+            "ModelHubMixin",
+            lambda: parameters(ModelHubMixin._save_pretrained),
+            ["self", "save_directory"],
         ),
     ],
     "_reductions": [
@@ -280,7 +297,7 @@ def classes() -> list[type]:
     """All classes of the package."""
     found = {}
     for module in pkgutil.walk_packages([str(PACKAGE)], "lightning_sae."):
-        if module.name.endswith("__main__"):
+        if module.name.endswith(("__main__", "saelens_adapter")):  # the latter needs SAELens
             continue
         for each in vars(importlib.import_module(module.name)).values():
             if isinstance(each, type) and each.__module__.startswith("lightning_sae."):

@@ -98,20 +98,17 @@ class FrozenModel(ABC):
         return model_fingerprint(self._path, self._revision)
 
     @property
-    def revision(self) -> str | None:
-        """Branch, tag or commit on the hub; None for a folder."""
-        return None if Path(self._path).is_dir() else self._revision
-
-    @property
-    def hook_names(self) -> dict[str, str | None]:
-        """What others call the layer.
+    def names_elsewhere(self) -> dict[str, str | None]:
+        """What others call the model and the layer.
 
         Returns:
-            `hook_name`: the path of the module whose output is read, None before the model is
-            loaded; `transformer_lens_hook_name`: None if the layer is named by its path.
+            `model_revision`: branch, tag or commit on the hub, None for a folder; `hook_name`: the
+            path of the module whose output is read, None before the model is loaded;
+            `transformer_lens_hook_name`: None if the layer is named by its path.
         """
         block = isinstance(self.layer, int)
         return {
+            "model_revision": None if Path(self._path).is_dir() else self._revision,
             "hook_name": None if self._stream is None else self._stream.path,
             "transformer_lens_hook_name": f"blocks.{self.layer}.hook_resid_post" if block else None,
         }

@@ -47,8 +47,7 @@ class FrozenModelDataModule(KeepsPlace, ABC):
         model_batch_size: Inputs of one forward pass of the model.
         validation_tokens: Positions of held-out inputs to validate on, in whole inputs.
         test_tokens: Positions of held-out inputs to test on: those that come after.
-        cache_dir: Folder to keep activations in; runs that need the same ones then do not
-            compute them, nor load the model. None: keep none.
+        cache_dir: Folder to keep activations in; runs that need them then load no model. None: none.
         seed: Seed of every choice and shuffle.
 
     Raises:
@@ -164,10 +163,9 @@ class FrozenModelDataModule(KeepsPlace, ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return what activations these are, as JSON has it: for the record of what learns them."""
-        inputs = {name: plain(getattr(self, name)) for name in self.place if name not in ORDER}
-        model = self.model.description | self.model.hook_names
-        revision = {"model_revision": self.model.revision}
-        return model | revision | inputs | {"positions": self.positions}
+        names = (*(name for name in self.place if name not in ORDER), "positions")
+        inputs = {name: plain(getattr(self, name)) for name in names}
+        return self.model.description | self.model.names_elsewhere | inputs
 
     @property
     def residual_stream(self) -> ResidualStream:

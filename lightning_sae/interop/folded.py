@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from lightning_sae.core.gate import Gate
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["FoldedSAE", "fold", "unfold"]
+__all__ = ["RELATIVE", "FoldedSAE", "fold", "unfold"]
+
+RELATIVE: Final = "token_norm_jumprelu"
+"""What formats that say a class by its name call one with thresholds relative to a token's length:
+nobody else has it."""
 
 
 @dataclass(frozen=True)

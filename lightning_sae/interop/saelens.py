@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
-from lightning_sae.interop.folded import FoldedSAE
+from lightning_sae.interop.folded import RELATIVE, FoldedSAE
 from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["read", "run", "write"]
@@ -28,7 +28,6 @@ WEIGHTS: Final = "sae_weights.safetensors"
 SPARSITY: Final = "sparsity.safetensors"
 VERSION: Final = "6.54.12"
 """The release that was tried; files of one before 6.0 are read otherwise."""
-RELATIVE: Final = "token_norm_jumprelu"
 UNIT_LENGTH: Final = "constant_norm_rescale"
 
 

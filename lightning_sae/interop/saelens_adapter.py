@@ -15,7 +15,7 @@ import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 
-from lightning_sae.interop.saelens import RELATIVE
+from lightning_sae.interop.folded import RELATIVE
 
 __all__ = ["TokenNormJumpReLUSAE", "TokenNormJumpReLUSAEConfig", "load", "register"]
 
