@@ -47,7 +47,7 @@ class FrozenModelDataModule(KeepsPlace, ABC):
         model_batch_size: Inputs of one forward pass of the model.
         validation_tokens: Positions of held-out inputs to validate on, in whole inputs.
         test_tokens: Positions of held-out inputs to test on: those that come after.
-        cache_dir: Folder to keep activations in; runs that need them then load no model. None: none.
+        cache_dir: Folder to keep activations in; runs that need them load no model. None: none.
         seed: Seed of every choice and shuffle.
 
     Raises:
