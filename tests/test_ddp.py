@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from lightning_sae import (
+    FeatureChoiceSAE,
+    MutualChoiceSAE,
+    SparseAutoencoder,
+    StandardSAE,
+    TopKSAE,
+    load,
+)
 from lightning_sae.architectures.threshold import Scope, ThresholdSAE
 from lightning_sae.parallel import Ranks
 from tests.helpers.ddp import run_on
@@ -206,3 +213,6 @@ def test_the_command_line_trains_the_same_on_two_processes(tmp_path: Path):
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert two["state_dict"]["history.tokens_seen"] == 4 * 512
+    for folder in tmp_path.iterdir():
+        (pretrained,) = folder.rglob("pretrained")
+        assert load(pretrained).tokens_seen == 4 * 512

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import ChunkedAdam, FeatureChoiceSAE, TopKSAE
 from lightning_sae.callbacks import FiniteWeights, WriteMatches
+from lightning_sae.checkpoint_format import FORMAT, KEY
 from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.cli import main
 from lightning_sae.parallel.ranks import processes
@@ -172,7 +173,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told(
     path = tmp_path / "last.ckpt"
     state = TopKSAE(256, 8, 3).state_dict()
     torch.save(
-        {"loops": {}, "lightning_sae_format": 2, "architecture": "TopKSAE", "state_dict": state},
+        {"loops": {}, KEY: FORMAT, "architecture": "TopKSAE", "state_dict": state},
         path,
     )
     path.write_bytes(damage(path.read_bytes()))

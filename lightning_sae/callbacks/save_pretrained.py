@@ -43,9 +43,10 @@ class SavePretrained(Callback):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Path]:
         """Return the folders that were saved; none before the first step, nor on other ranks."""
+        logs = trainer.log_dir  # which all ranks agree on, and so all must ask for
         if not trainer.is_global_zero or trainer.global_step == 0:
             return []
-        root = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "pretrained")
+        root = self.dirpath or Path(logs or trainer.default_root_dir, "pretrained")
         saved = []
         for name, sae in _saes(pl_module):
             folder = Path(root, *name.split(".")) if name else Path(root)
