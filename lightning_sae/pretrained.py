@@ -24,7 +24,9 @@ from lightning_sae.tensor_files import save_tensors
 __all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "config_of"]
 
 CONFIG: Final = "config.json"
+"""The file that says what an SAE is."""
 WEIGHTS: Final = "model.safetensors"
+"""The file that has its tensors."""
 RECORD: Final = ("trained_on", "measured")
 
 
