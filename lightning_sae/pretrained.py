@@ -64,10 +64,8 @@ class PretrainedAutoencoder(
             f"{type(self).__name__} does not say by a method `gate` what its codes are"
         )
 
-    def on_validation_end(self) -> None:
-        """Note the figures of a validation, those of callbacks too."""
-        if self.trainer.sanity_checking:
-            return
+    def note_figures(self) -> None:
+        """Note what a validation has logged, callbacks too: called at the end of its epoch."""
         logged = self.trainer.callback_metrics
         figures = {
             name.removeprefix("val/"): _number(value)
@@ -116,7 +114,7 @@ class PretrainedAutoencoder(
                 "features are shared out over devices: load a checkpoint on one, and save that"
             )
         save_tensors(self.state_dict(), save_directory / WEIGHTS, format="pt")
-        config = json.dumps(self.config(), indent=2, allow_nan=False)
+        config = json.dumps(self.config(), indent=2)
         (save_directory / CONFIG).write_text(f"{config}\n", encoding="utf-8")
 
     @classmethod

@@ -127,6 +127,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
         """Log the metrics under ``val/``."""
         if not self.trainer.sanity_checking:
             self._log_metrics("val")
+            self.note_figures()
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics under ``test/``."""

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from lightning_sae.checkpoint_io import read_checkpoint
+from lightning_sae.checkpoint_format import is_sae
+from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.pretrained import CONFIG, config_of
 from lightning_sae.sae import SparseAutoencoder
@@ -35,7 +36,10 @@ def load(
     """
     path = Path(path).expanduser() if Path(path).expanduser().exists() else str(path)
     if Path(path).is_file():
-        architecture = read_checkpoint(path).get("architecture", "")
+        found = open_checkpoint(path)
+        if not is_sae(found["state_dict"]):
+            raise UsageError(f"{path} is no checkpoint of an SAE")
+        architecture = found.get("architecture", "")
         return _kind(architecture, path).load_from_checkpoint(path, map_location).eval()
     try:
         folder = path if Path(path).is_dir() else _downloaded(str(path), revision)

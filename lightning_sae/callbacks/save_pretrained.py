@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sae.pretrained import PretrainedAutoencoder
 
@@ -17,7 +18,8 @@ from lightning_sae.pretrained import PretrainedAutoencoder
 class SavePretrained(Callback):
     """Saves the SAE by `save_pretrained` with every checkpoint, and when training ends.
 
-    The folder is `pretrained` in that of the run, beside its checkpoints. What the SAE is worth is
+    The folder is `pretrained` in that of the run, or among its checkpoints where the logger has no
+    folder for each run. What the SAE is worth is
     known from the last validation, so the figures are those of the end only after the end. An SAE
     that is a part of another module is saved too, under its name there.
 
@@ -43,16 +45,28 @@ class SavePretrained(Callback):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Path]:
         """Return the folders that were saved; none before the first step, nor on other ranks."""
-        logs = trainer.log_dir  # which all ranks agree on, and so all must ask for
-        if not trainer.is_global_zero or trainer.global_step == 0:
+        root = self._folder(trainer)  # on all ranks, for Lightning has them agree on it
+        only_tried: bool = cast(Any, trainer).fast_dev_run
+        if not trainer.is_global_zero or trainer.global_step == 0 or only_tried:
             return []
-        root = self.dirpath or Path(logs or trainer.default_root_dir, "pretrained")
         saved = []
         for name, sae in _saes(pl_module):
-            folder = Path(root, *name.split(".")) if name else Path(root)
-            _replace(folder, sae)
-            saved.append(folder)
+            folder = Path(root, *name.split(".")) if name else root
+            try:
+                _replace(folder, sae)
+                saved.append(folder)
+            except TypeError as error:  # what JSON has no word for; checkpoints may have it
+                rank_zero_warn(f"An argument of {type(sae).__name__} keeps it unsaved: {error}")
         return saved
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        """Return a folder that is this run's alone."""
+        if self.dirpath is not None:
+            return Path(self.dirpath)
+        if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):  # which number runs
+            return Path(str(trainer.log_dir), "pretrained")
+        checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+        return Path(checkpoints or trainer.default_root_dir, "pretrained")
 
 
 def _saes(module: pl.LightningModule) -> list[tuple[str, PretrainedAutoencoder]]:

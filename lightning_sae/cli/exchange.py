@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from lightning_sae import interop
 from lightning_sae.architectures import load
 from lightning_sae.checks import UsageError, require_positive
+from lightning_sae.cli.recorded import recorded_settings
 from lightning_sae.data import ActivationDataModule
 
 __all__ = ["export_sae", "import_sae"]
@@ -47,17 +47,18 @@ def import_sae(path: str, output: str, k: int | None = None, tokens: int = 16_38
             and scale of activations on.
     """
     require_positive(tokens=tokens)
+    folder = Path(output).expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"output={output} holds files already: remove them or name another")
     folded = interop.load_foreign(path)
     sae = interop.unfold(folded, k, _activations(folded.record, tokens))
-    sae.save_pretrained(Path(output).expanduser())
+    sae.save_pretrained(folder)
     print(f"{output} holds a {type(sae).__name__}: lightning_sae.load({output!r})")
 
 
 def _activations(record: dict[str, Any], tokens: int) -> Tensor | None:
     """Return held-out activations (tokens, d_model) of what a record names, if they can be read."""
-    known = record.get("trained_on", {})
-    taken = inspect.signature(ActivationDataModule).parameters
-    settings = {name: value for name, value in known.items() if name in taken}
+    settings = recorded_settings(record)
     if not {"model_name", "layer", "text"} <= settings.keys():
         rank_zero_warn("What the SAE was trained on is not known: no real activations are read")
         return None

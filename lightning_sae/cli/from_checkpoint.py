@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_sae.checkpoint_format import TRAINED_WITH
+from lightning_sae.checkpoint_format import TRAINED_WITH, upgrade
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.parser import find_config
@@ -38,7 +38,7 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
     if place == 0 or not config.get("ckpt_path"):
         return list(tokens)
     try:
-        found = _noted_in(config.ckpt_path, _class_of(config.data))
+        found = _noted_in(config)
     except (UsageError, OSError):  # which is told when the run begins
         return list(tokens)
     settings = []
@@ -111,18 +111,22 @@ def _after_packaged(tokens: Sequence[str]) -> int:
     return last
 
 
-def _noted_in(path: str, data_class: str) -> dict[str, Any]:
+def _noted_in(config: Any) -> dict[str, Any]:
     """Return what is noted in a checkpoint, or in a folder as a checkpoint would have it."""
-    if not Path(path).is_dir():
-        return open_checkpoint(path)
-    config = config_of(path)
-    arguments, trained_on = config["arguments"], config.get("trained_on", {})
-    names = SparseAutoencoder.code_settings
+    if not Path(config.ckpt_path).is_dir():
+        found = open_checkpoint(config.ckpt_path)
+        upgrade(found)
+        return found
+    noted = config_of(config.ckpt_path)
+    arguments, trained_on = noted["arguments"], noted.get("trained_on", {})
+    kind: Any = pkgutil.resolve_name(config.model.class_path)
+    names = getattr(kind, "code_settings", ())
+    activations = {name: trained_on[name] for name in ACTIVATIONS if name in trained_on}
     return {
-        "architecture": config["architecture"],
+        "architecture": noted["architecture"],
         "hyper_parameters": arguments,
         TRAINED_WITH: {name: arguments[name] for name in names if name in arguments},
-        data_class: {"activations": {n: trained_on[n] for n in ACTIVATIONS if n in trained_on}},
+        _class_of(config.data): {"activations": activations},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from lightning_sae.architectures import load
 from lightning_sae.checks import UsageError
+from lightning_sae.cli.recorded import recorded_settings
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.provenance import compare
 from lightning_sae.report.write import Split, report_of, write_report
@@ -71,8 +71,7 @@ def _data_of(
             f"ckpt_path={path}: a report reads the text that an SAE was trained on, and this one "
             f"notes {found} of the kind"
         )
-    arguments = inspect.signature(ActivationDataModule).parameters
-    noted = {name: value for name, value in trained_on.items() if name in arguments}
+    noted = recorded_settings(sae.record)
     data = ActivationDataModule(**noted | {n: v for n, v in changes.items() if v is not None})
     compare(data.state_dict(), {"activations": trained_on}, resumed=False, source=data.source)
     return data

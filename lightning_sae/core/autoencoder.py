@@ -182,6 +182,7 @@ class Autoencoder(Dictionary, ABC):
         """Return those of some activations (tokens, d_model) that training does not leave out."""
         if self.max_norm_multiple is None or not self.initialized:
             return x
+        self._check_width(x)
         return x[~self._massive(x)]
 
     def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -228,7 +229,9 @@ class Autoencoder(Dictionary, ABC):
             with torch.no_grad():
                 total = self.history.update(matches.per_feature(), len(scaled), ranks)
                 self.observe(scores, choice)
-            loss = loss * (len(scaled) * ranks.size / total.to(loss).clamp_min(1))
+            if ranks.size > 1:  # what each token weighs, where ranks have other numbers of them
+                own = total.new_tensor(len(scaled) * ranks.size)
+                loss = loss * (own / total.clamp_min(1)).to(loss)
         stats["dead_fraction"] = self.history.dead().float().mean()
         stats |= self.threshold_statistics()
         return loss, {name: value.detach() for name, value in stats.items()}

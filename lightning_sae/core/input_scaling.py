@@ -98,7 +98,8 @@ class ScaledInputs(ExactBuffers):
             ranks: Those that have tokens of the sample.
 
         Returns:
-            Shape (d_model,), the same on all ranks; less massive tokens, as `input_mean` is.
+            Shape (d_model,), the same on all ranks. Less massive tokens, as `input_mean` is, unless
+            each token is normalised: then they are as long as the others.
 
         Raises:
             ValueError: If all activations are equal, not finite, or not d_model wide.

@@ -68,8 +68,14 @@ def upgrade_state(
     """Bring a state up to date that is to be loaded: torch calls it, as one of its hooks.
 
     Raises:
-        UsageError: If it is of a later format than this version knows.
+        UsageError: If it is of a later format than this version knows, or of one in which all
+            tokens had one scale, and the module gives each its own.
     """
     # A state dict without the note is an older one, or was made by something else than torch.
-    require_known(metadata.get("version", 1))
+    number = require_known(metadata.get("version", 1))
+    if number == 2 and getattr(module, "normalize_inputs", "average") != "average":
+        raise UsageError(
+            "normalize_inputs='token': the state to load was trained with 'average', and perhaps "
+            "with importance='token_norm', the defaults of its time: give both"
+        )
     upgrade_names(state_dict)

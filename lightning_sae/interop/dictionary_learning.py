@@ -101,7 +101,7 @@ def read(folder: Path) -> FoldedSAE:
         return FoldedSAE(**vars(folded) | described)
     weight = state["encoder.weight"].float()
     if kind == "AutoEncoderTopK":
-        gate = Gate(k=int(state.get("k", trainer["k"])))
+        gate = Gate(k=int(state["k"] if "k" in state else trainer["k"]))
     elif kind == "BatchTopKSAE":
         gate = Gate(threshold=state["threshold"].float().expand(len(weight)).clone())
     elif kind == "AutoEncoder":

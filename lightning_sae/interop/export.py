@@ -123,8 +123,8 @@ def compare(
         by: Whose reading it is.
     """
     x = x.float().cpu()
-    sae = sae.cpu()
-    fires, reconstruction = sae.encode(x) > 0, sae(x)
+    here = x.to(sae.input_mean.device)
+    fires, reconstruction = (sae.encode(here) > 0).cpu(), sae(here).cpu()
     codes, other_reconstruction = other(x)
     differ = fires != (codes > 0)
     affinities, cut = fold(sae).affinities(x)

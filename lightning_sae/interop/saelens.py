@@ -7,6 +7,7 @@ written for one that `lightning_sae.interop.saelens_adapter` registers there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,6 +161,9 @@ def _record(metadata: dict[str, Any]) -> dict[str, Any]:
         "dataset_path": "text",
     }
     trained_on = {ours: metadata[name] for name, ours in names.items() if metadata.get(name)}
+    block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
+    if block:
+        trained_on["layer"] = int(block[1])
     measured = {"l0": float(metadata["l0"])} if metadata.get("l0") else {}
     found = {"trained_on": trained_on, "measured": measured}
     return {name: value for name, value in found.items() if value}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -104,6 +105,65 @@ def test_what_is_known_of_the_training_is_in_it(tmp_path: Path):
     (path,) = Path(run.log_dir).rglob("*.ckpt")
     noted = load(path).record  # before the validation of that step
     assert noted["trained_on"] == record["trained_on"]
+    assert "measured" not in noted
+
+
+class Own(pl.Callback):
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/own", float(trainer.global_step))
+
+
+def test_a_checkpoint_of_a_validation_has_its_figures(tmp_path: Path):
+    best = ModelCheckpoint(monitor="val/own", mode="max", save_top_k=-1, filename="{step}")
+    run = trainer(tmp_path, Own(), best, steps=4, val_check_interval=2, num_sanity_val_steps=0)
+    run.fit(TopKSAE(D_MODEL, N_FEATURES, K), loader(), loader(256))
+    found = {
+        int(path.stem.removeprefix("step=")): load(path).record
+        for path in Path(run.log_dir).rglob("step=*.ckpt")
+    }
+    assert {step: record["measured"]["own"] for step, record in found.items()} == {2: 2, 4: 4}
+    assert found[4]["measured"]["tokens_seen"] == 4 * 128
+    assert found[2]["measured"]["fvu"] != found[4]["measured"]["fvu"]
+
+
+class Numberless(DummyLogger):
+    """A logger that has no folder for each run, as most have none."""
+
+    save_dir = "everywhere"
+
+
+def test_runs_whose_logger_has_no_folder_for_each_do_not_share_one(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        run = trainer(tmp_path, SavePretrained(), ModelCheckpoint(f"runs/{name}"))
+        run._loggers = [Numberless()]
+        run.fit(TopKSAE(D_MODEL, N_FEATURES, K), loader())
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("pretrained"))
+    assert found == ["runs/first/pretrained", "runs/second/pretrained"]
+
+
+def test_what_was_only_tried_is_not_saved(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = trainer(tmp_path, SavePretrained(tmp_path / "out"), fast_dev_run=2)
+    run.fit(TopKSAE(D_MODEL, N_FEATURES, K), loader())
+    assert not (tmp_path / "out").exists()
+
+
+class WithDtype(TopKSAE):
+    def __init__(self, d_model: int, n_features: int, k: int, dtype: torch.dtype) -> None:
+        super().__init__(d_model, n_features, k)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping 'dtype' parameter")  # the logger's YAML cannot either
+def test_an_argument_that_json_cannot_say_does_not_end_the_run(tmp_path: Path):
+    run = trainer(tmp_path, SavePretrained(), ModelCheckpoint(every_n_train_steps=2))
+    with pytest.warns(UserWarning, match="An argument of WithDtype keeps it unsaved"):
+        run.fit(WithDtype(D_MODEL, N_FEATURES, K, torch.float32), loader())
+    assert list(Path(run.log_dir).rglob("*.ckpt"))
+    endless = TopKSAE(D_MODEL, N_FEATURES, K, max_norm_multiple=float("inf"))
+    endless.loss(activations())
+    endless.save_pretrained(tmp_path / "endless")
+    assert load(tmp_path / "endless").max_norm_multiple == float("inf")
 
 
 class Host(pl.LightningModule):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sae import TopKSAE
+from lightning_sae import MutualChoiceSAE, TopKSAE
 from lightning_sae.checks import UsageError
 from lightning_sae.core.state_format import FORMAT, is_sae
 
@@ -62,3 +62,12 @@ def test_a_state_notes_its_format_also_in_a_file(make):
     state._metadata[place]["version"] = FORMAT + 1
     with pytest.raises(UsageError, match=rf"lightning_sae_format={FORMAT + 1}, .* up to {FORMAT}"):
         make().load_state_dict(state)
+
+
+def test_a_state_of_one_scale_is_not_loaded_where_each_token_has_its_own():
+    average = MutualChoiceSAE(4, 16, 2, normalize_inputs="average")
+    state = average.state_dict()
+    state._metadata[""]["version"] = 2  # as it was when there was no choice
+    average.load_state_dict(state)
+    with pytest.raises(UsageError, match="normalize_inputs='token': the state to load was trained"):
+        MutualChoiceSAE(4, 16, 2).load_state_dict(state)
