@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from tqdm import tqdm
 
 from lightning_sae.checks import UsageError, require_at_least
@@ -17,11 +18,12 @@ from lightning_sae.data.stream import HeldOutBatches
 from lightning_sae.model_card import ACTIVATIONS, FIGURES, SETTINGS
 from lightning_sae.report.collect import collect
 from lightning_sae.report.contents import FeatureReport
-from lightning_sae.report.logit_lens import logit_lens
+from lightning_sae.report.logit_lens import LogitLens, logit_lens
 from lightning_sae.report.nearest import nearest_features
 from lightning_sae.report.page import page
 from lightning_sae.report.table import write_tables
 from lightning_sae.report.token_texts import token_texts
+from lightning_sae.residual_stream import ResidualStream
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["Split", "report_of", "write_report"]
@@ -65,9 +67,9 @@ def report_of(
         model_batch_size=data.model_batch_size,
         source=f"{data.model}, {data.noun} of the report",
     )
-    firings = collect(sae, tqdm(batches, desc="Reading", unit="batch"), device=sae.device)
-    stream = data.model.residual_stream(sae.device)
     directions = sae.W_dec.detach()
+    lens = _lens(data.model.residual_stream(sae.device), directions)  # before what takes long
+    firings = collect(sae, tqdm(batches, desc="Reading", unit="batch"), device=sae.device)
     nearest, cosines = nearest_features(directions)
     return FeatureReport(
         title=f"{type(sae).__name__} on layer {data.model.layer} of {Path(data.model_name).name}",
@@ -84,7 +86,7 @@ def report_of(
         firings=firings,
         contexts=contexts,
         text_of=partial(token_texts, data.model.tokenizer(length)),
-        lens=logit_lens(stream, directions) if stream.is_causal_language_model else None,
+        lens=lens,
         nearest=(nearest.cpu(), cosines.cpu()),
     )
 
@@ -107,6 +109,14 @@ def write_report(report: FeatureReport, output: str | Path) -> list[Path]:
     write_tables(report, features, examples)
     output.write_text(page(report), encoding="utf-8")
     return [output, features, examples]
+
+
+def _lens(stream: ResidualStream, directions: Tensor) -> LogitLens | None:
+    """Return what directions do in a model's output; None if it has none, or no last block."""
+    try:
+        return logit_lens(stream, directions) if stream.is_causal_language_model else None
+    except UsageError:  # its blocks cannot be told, and the layer was named by its path
+        return None
 
 
 def _named(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:

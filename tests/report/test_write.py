@@ -56,6 +56,17 @@ def test_all_text_is_read_where_there_is_less(trained):
     assert len(report.contexts) == len(list(data.held_out_inputs()))
 
 
+def test_a_model_whose_blocks_cannot_be_told_has_no_lens(trained, monkeypatch, tmp_path: Path):
+    def untold(stream, directions):
+        raise UsageError("it should have one ModuleList")
+
+    monkeypatch.setattr("lightning_sae.report.write.logit_lens", untold)
+    sae, data = trained
+    report = report_of(sae, data, tokens=5 * LENGTH)
+    assert report.lens is None
+    assert len(write_report(report, tmp_path / "report.html")) == 3
+
+
 def test_less_than_a_context_is_refused(trained):
     sae, data = trained
     with pytest.raises(UsageError, match=f"tokens=3 must be at least {LENGTH}"):
