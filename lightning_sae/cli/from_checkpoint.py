@@ -46,7 +46,9 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
         arguments = {"n_features": found.get("hyper_parameters", {}).get("n_features")}
         # That of the configuration need not take what a class of the user's does.
         settings.append(f"--model={config.model.class_path}")
-        settings += _as_options("model", arguments | found[TRAINED_WITH])
+        names = pkgutil.resolve_name(config.model.class_path).code_settings
+        noted = {name: value for name, value in found[TRAINED_WITH].items() if name in names}
+        settings += _as_options("model", arguments | noted)
     activations = found.get(_class_of(config.data), {}).get("activations", {})
     taken = config.data.get("init_args", {})  # a class of the user's may be about one model only
     read = {name: value for name, value in activations.items() if name in taken}
@@ -118,14 +120,12 @@ def _noted_in(config: Any) -> dict[str, Any]:
         upgrade(found)
         return found
     noted = config_of(config.ckpt_path)
-    arguments, trained_on = noted["arguments"], noted.get("trained_on", {})
-    kind: Any = pkgutil.resolve_name(config.model.class_path)
-    names = getattr(kind, "code_settings", ())
+    trained_on = noted.get("trained_on", {})
     activations = {name: trained_on[name] for name in ACTIVATIONS if name in trained_on}
     return {
         "architecture": noted["architecture"],
-        "hyper_parameters": arguments,
-        TRAINED_WITH: {name: arguments[name] for name in names if name in arguments},
+        "hyper_parameters": noted["arguments"],
+        TRAINED_WITH: noted["arguments"],
         _class_of(config.data): {"activations": activations},
     }
 

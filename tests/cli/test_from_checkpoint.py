@@ -102,7 +102,42 @@ def test_what_is_no_checkpoint_is_told_later(path: str, checkpoint: Path):
     assert with_its_settings(line, config(path)) == line
 
 
-def test_what_an_earlier_version_did_not_note_is_not_guessed(checkpoint: Path):
-    torch.save({"architecture": "TopKSAE", "state_dict": {}}, checkpoint)
+def test_a_checkpoint_of_format_1_gives_what_it_has(checkpoint: Path):
+    arguments = STATE["hyper_parameters"] | {"importance": "gain", "aux_every": 3}
+    torch.save(
+        {"architecture": "TopKSAE", "state_dict": {}, "hyper_parameters": arguments}, checkpoint
+    )
     line = ["test", "--config", "topk.yaml"]
-    assert with_its_settings(line, config(checkpoint)) == line
+    settings = ["n_features=32", "k=99", "importance=gain", "normalize_inputs=average"]
+    expected = [*line, CLASS, *(f"--model.{setting}" for setting in settings)]
+    assert with_its_settings(line, config(checkpoint)) == expected
+
+
+def test_a_checkpoint_of_format_2_had_one_scale_for_all_tokens(checkpoint: Path):
+    torch.save(STATE | {KEY: 2}, checkpoint)
+    line = ["test", "--config", "topk.yaml"]
+    found = with_its_settings(line, config(checkpoint))
+    assert found == [*line, *OF_MODEL, "--model.normalize_inputs=average", *OF_DATA]
+
+
+class WarmSAE(TopKSAE):
+    """One of the user's, with a setting more on which codes depend."""
+
+    code_settings = (*TopKSAE.code_settings, "temperature")
+
+    def __init__(self, d_model: int, n_features: int, k: int, temperature: float = 1.0) -> None:
+        super().__init__(d_model, n_features, k)
+        self.save_hyperparameters()
+
+
+def test_a_folder_brings_what_its_checkpoint_would(tmp_path: Path, monkeypatch):
+    sae = WarmSAE(8, 32, 4, temperature=0.5)
+    sae.record = {"trained_on": {"model_name": "m", "layer": 0, "text": "t"}}
+    sae.save_pretrained(tmp_path / "folder")
+    monkeypatch.setattr("lightning_sae.WarmSAE", WarmSAE, raising=False)
+    line = ["test", "--config", "topk.yaml"]
+    found = with_its_settings(line, config(tmp_path / "folder", model="WarmSAE"))
+    settings = ["n_features=32", "k=4", "importance=affinity", "normalize_inputs=average"]
+    expected = [f"--model.{setting}" for setting in (*settings, "temperature=0.5")]
+    expected += ["--model=lightning_sae.WarmSAE", "--data.model_name=m", "--data.layer=0"]
+    assert sorted(found[len(line) :]) == sorted(expected)
