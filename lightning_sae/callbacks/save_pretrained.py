@@ -19,9 +19,9 @@ class SavePretrained(Callback):
     """Saves the SAE by `save_pretrained` with every checkpoint, and when training ends.
 
     The folder is `pretrained` in that of the run, or among its checkpoints where the logger has no
-    folder for each run. What the SAE is worth is
-    known from the last validation, so the figures are those of the end only after the end. An SAE
-    that is a part of another module is saved too, under its name there.
+    folder for each run. What the SAE is worth is known from the last validation, so the figures are
+    those of the end only after the end. An SAE that is a part of another module is saved too, under
+    its name there.
 
     It does nothing where features are shared out over devices: no process has all of them.
 

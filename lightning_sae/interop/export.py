@@ -98,7 +98,7 @@ def export(
         for each in found:
             if not each.error <= TOLERANCE:
                 raise UsageError(f"to={to}: it is not the same there. {each}")
-    except Exception:
+    except BaseException:  # also of the user's, who stops it: nobody is to take it for exported
         for file in folder.iterdir():
             file.unlink()
         raise
