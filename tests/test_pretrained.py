@@ -101,7 +101,7 @@ FILES = {
 }
 SETTINGS = [
     ("lightning_sae_format", 99, "lightning_sae_format=99, and this version"),
-    ("architecture", "MySAE", "holds a MySAE, which is none of .*FeatureChoiceSAE, .*: import its"),
+    ("architecture", "NoSuchSAE", "a NoSuchSAE, which is none of .*FeatureChoiceSAE.*: import its"),
     ("arguments", {"nosuch": 1}, "unexpected keyword argument 'nosuch'"),
     ("arguments", {"n_features": N_FEATURES + 1}, r"size mismatch for decoder\.weight"),
 ]
