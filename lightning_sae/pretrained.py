@@ -9,11 +9,14 @@ from typing import Any, Final, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from lightning_sae.checkpoint_format import FORMAT, KEY
+from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH
+from lightning_sae.checkpoint_io import read_checkpoint
 from lightning_sae.checkpointed import CheckpointedAutoencoder
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
@@ -28,6 +31,8 @@ CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 """The file that has its tensors."""
 RECORD: Final = ("trained_on", "measured")
+NOT_THERE: Final = (UsageError, OSError, HFValidationError)
+"""What is raised of a path with no SAE in it: hub's errors of HTTP are OSErrors."""
 
 
 class PretrainedAutoencoder(
@@ -42,15 +47,46 @@ class PretrainedAutoencoder(
     them runs when they are read, and there are no optimizer states: a third of a checkpoint.
     `from_pretrained` and `push_to_hub` are huggingface_hub's.
 
+    Args:
+        d_model: Width of the activations.
+        n_features: Size of the dictionary.
+        start_from: A trained SAE of any architecture and the same shape, whose dictionary and
+            densities the Trainer's `fit` starts from: a checkpoint, a folder, or the id of a
+            repository on the hub. One that has seen tokens already goes on as it is.
+        options: Those of `lightning_sae.core.Autoencoder`.
+
     Attributes:
         record: What is known of its training, as JSON has it: `trained_on`, which activations of
             which model and text, and `measured`, the figures of the last validation. A Trainer
             fills it in; checkpoints and folders have it.
     """
 
-    def __init__(self, d_model: int, n_features: int, **options: Any) -> None:
+    def __init__(
+        self, d_model: int, n_features: int, *, start_from: str | None = None, **options: Any
+    ) -> None:
         super().__init__(d_model, n_features, **options)
+        self.start_from = start_from
         self.record: dict[str, dict[str, Any]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Load the dictionary to start from, unless this one is trained by now, or will be resumed.
+
+        Raises:
+            UsageError: If there is none, or it is of another shape or inputs of another scale.
+        """
+        fresh = self.history.tokens_seen == 0 and self.trainer.ckpt_path is None
+        if stage == "fit" and self.start_from is not None and fresh:
+            try:
+                trained_with, state = _trained(self.start_from)
+                before = trained_with.get("normalize_inputs", self.normalize_inputs)
+                if before != self.normalize_inputs:
+                    raise UsageError(
+                        f"it was trained with normalize_inputs={before!r}: set that here too, in "
+                        f"place of {self.normalize_inputs!r}"
+                    )
+                self.take_over(state)
+            except NOT_THERE as error:
+                raise UsageError(f"start_from={self.start_from}: {error}") from None
 
     def gate(self) -> Gate:
         """Return which affinities of a token are its code: what other libraries can say of it.
@@ -161,10 +197,7 @@ class PretrainedAutoencoder(
                     token=token,
                 )
             )
-        try:
-            sae.load_state_dict(load_file(path))
-        except (SafetensorError, FileNotFoundError) as error:
-            raise UsageError(f"{path} is damaged, or not there: {error}") from error
+        sae.load_state_dict(_tensors(path))
         sae.record = {name: found[name] for name in RECORD if name in found}
         return sae.to(map_location).eval()
 
@@ -180,6 +213,25 @@ def config_of(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # the latter if it is no JSON, or no UTF-8
         raise UsageError(f"{folder} has no {CONFIG} of an SAE: {error}") from error
     return _checked(str(folder), config)
+
+
+def _trained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings and the state of a trained SAE of whatever architecture."""
+    where = Path(path).expanduser()
+    if not where.is_dir():
+        if where.is_file() or where.suffix == ".ckpt":
+            found = read_checkpoint(where)
+            return found.get(TRAINED_WITH, {}), found["state_dict"]
+        where = Path(hf_hub_download(path, CONFIG)).parent
+        hf_hub_download(path, WEIGHTS)
+    return config_of(where)["arguments"], _tensors(where / WEIGHTS)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UsageError(f"{path} is damaged, or not there: {error}") from error
 
 
 def _checked(where: str, config: Any) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """SAEs as folders that stand alone: saved, loaded, and shared on a hub."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE, load
+from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, TopKSAE, load
+from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH
 from lightning_sae.checks import UsageError
 from lightning_sae.pretrained import CONFIG, WEIGHTS
 from tests.helpers.architectures import (
@@ -139,3 +142,87 @@ def test_what_is_nowhere_is_told(tmp_path: Path, monkeypatch):
     for path in (tmp_path / "no" / "such" / "folder", "no/such/repository/at/all", "no/such"):
         with pytest.raises(UsageError, match="no/such"):
             load(path)
+
+
+def set_up(sae: SparseAutoencoder, ckpt_path: str | None = None) -> SparseAutoencoder:
+    """Do as a Trainer does before it trains."""
+    sae._trainer = SimpleNamespace(ckpt_path=ckpt_path)
+    sae.setup("fit")
+    sae._trainer = None
+    return sae
+
+
+def in_a_checkpoint(sae: SparseAutoencoder, path: Path) -> Path:
+    checkpoint = {"architecture": type(sae).__name__, "loops": {}, KEY: FORMAT}
+    torch.save(checkpoint | {TRAINED_WITH: dict(sae.hparams), "state_dict": sae.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def first() -> MutualChoiceSAE:
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(D_MODEL, N_FEATURES, K)
+    train(sae, 100)
+    return sae
+
+
+@every_architecture
+@pytest.mark.parametrize("kept", [in_a_checkpoint, lambda sae, path: saved(sae, path)])
+def test_training_may_start_from_any_other_sae(make, kept, first, tmp_path: Path):
+    path = kept(first, tmp_path / "first.ckpt")
+    sae = set_up(make(normalize_inputs="token", start_from=str(path)))
+    found, expected = sae.state_dict(), first.state_dict()
+    for name in ("encoder.weight", "decoder.weight", "input_scale", "history.density"):
+        assert torch.equal(found[name], expected[name]), name
+    assert train(sae, 1) < train(make(normalize_inputs="token"), 1)
+
+
+def test_training_starts_from_another_only_once(first, tmp_path: Path):
+    made = {"start_from": str(saved(first, tmp_path / "first")), "normalize_inputs": "token"}
+    sae = set_up(TopKSAE(D_MODEL, N_FEATURES, K, **made))
+    train(sae, 3)
+    again = set_up(load(saved(sae, tmp_path / "second")))
+    assert torch.equal(again.decoder.weight, sae.decoder.weight)
+    resumed = set_up(TopKSAE(D_MODEL, N_FEATURES, K, **made), ckpt_path="last.ckpt")
+    assert not torch.equal(resumed.decoder.weight, first.decoder.weight)
+
+
+def other_shape(sae: SparseAutoencoder, path: Path) -> Path:
+    return in_a_checkpoint(MutualChoiceSAE(D_MODEL, N_FEATURES + 1, K), path)
+
+
+def other_inputs(sae: SparseAutoencoder, path: Path) -> Path:
+    return in_a_checkpoint(
+        MutualChoiceSAE(D_MODEL, N_FEATURES, K, normalize_inputs="average"), path
+    )
+
+
+def damaged(sae: SparseAutoencoder, path: Path) -> Path:
+    path.write_bytes(b"no checkpoint")
+    return path
+
+
+def empty(sae: SparseAutoencoder, path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [
+        (other_shape, f"no SAE with d_model={D_MODEL}, n_features={N_FEATURES}: "),
+        (other_inputs, "it was trained with normalize_inputs='average': set that here too"),
+        (damaged, "no checkpoint"),
+        (empty, NO_CONFIG),
+        (lambda sae, path: path, "No such file"),
+        (lambda sae, path: path.with_suffix(""), "Repo id must"),
+    ],
+)
+def test_what_training_cannot_start_from_is_told_in_one_line(kept, told, first, tmp_path: Path):
+    path = kept(first, tmp_path / "first.ckpt")
+    sae = MutualChoiceSAE(D_MODEL, N_FEATURES, K, start_from=str(path))
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    with pytest.raises(UsageError, match=rf"^start_from={re.escape(str(path))}: .*{told}"):
+        set_up(sae)
+    for name, value in sae.state_dict().items():
+        assert_close(value, before[name], equal_nan=True)

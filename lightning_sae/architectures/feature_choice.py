@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, feature_choice_counting, midpoint_thresholds
 from lightning_sae.architectures.threshold import ThresholdSAE
-from lightning_sae.checkpoint_format import TRAINED_WITH
-from lightning_sae.checkpoint_io import read_checkpoint
 from lightning_sae.checks import UsageError, require_choice, require_not_negative
 from lightning_sae.core.loading import require_finite
 from lightning_sae.selection import Scores
@@ -53,9 +51,8 @@ class FeatureChoiceSAE(ThresholdSAE):
         min_matches: Smallest budget, in matches a batch; below 1 a feature takes turns. Only for
             `zipf`.
         max_density: Share of a batch's tokens that one feature may take at most. Only for `zipf`.
-        start_from: Checkpoint of an SAE of any architecture and the same shape, whose dictionary
-            and densities training starts from. Set `mutual_choice_share` to 0 to keep these.
-        options: Those of `ThresholdSAE`.
+        options: Those of `ThresholdSAE`. With `start_from`, set `mutual_choice_share` to 0 to keep
+            the densities that were reached.
 
     Attributes:
         tracking: How far a threshold moves in a batch, as a share of itself, at most.
@@ -86,7 +83,6 @@ class FeatureChoiceSAE(ThresholdSAE):
         zipf_offset: float | None = None,
         min_matches: float = 1.0,
         max_density: float = 0.5,
-        start_from: str | None = None,
         **options: Any,
     ) -> None:
         require_choice(budgets=budgets, of=("uniform", "zipf"))
@@ -112,7 +108,6 @@ class FeatureChoiceSAE(ThresholdSAE):
         self.zipf_offset = zipf_offset
         self.min_matches = min_matches
         self.max_density = max_density
-        self.start_from = start_from
         self.register_buffer("choosing", torch.tensor(False))
         self.register_buffer("target_density", torch.zeros(n_features, dtype=torch.float32))
 
@@ -123,24 +118,6 @@ class FeatureChoiceSAE(ThresholdSAE):
         if bool(state.get("choosing", False)) and "target_density" in state:
             require_finite(
                 {"target_density": state["target_density"].max()}, "target_density", beyond=0
-            )
-
-    def setup(self, stage: str) -> None:
-        """Load the dictionary to start from, unless the run is resumed."""
-        if stage == "fit" and self.start_from is not None and self.trainer.ckpt_path is None:
-            try:
-                found = read_checkpoint(self.start_from)
-                self._require_same_units(found.get(TRAINED_WITH, {}))
-                self.take_over(found["state_dict"])
-            except (UsageError, OSError) as error:
-                raise UsageError(f"start_from={self.start_from}: {error}") from None
-
-    def _require_same_units(self, trained_with: Mapping[str, Any]) -> None:
-        before = trained_with.get("normalize_inputs", self.normalize_inputs)
-        if before != self.normalize_inputs:
-            raise UsageError(
-                f"it was trained with normalize_inputs={before!r}: set that here too, in place of "
-                f"{self.normalize_inputs!r}"
             )
 
     def prepare(self, x: Tensor) -> None:

@@ -173,17 +173,6 @@ def test_starts_from_a_checkpoint_of_any_architecture(architecture: type, tmp_pa
     assert (sae.target_density[order].diff() <= 0).all()
 
 
-def test_starts_only_from_what_was_trained_on_inputs_of_the_same_length(tmp_path: Path):
-    first = TopKSAE(8, 24, 3)
-    train(first, 3)
-    checkpoint = {"architecture": "TopKSAE", "lightning_sae_format": 2, "loops": {}}
-    torch.save(checkpoint | {"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
-    sae = from_scratch(start_from=str(tmp_path / "first.ckpt"), normalize_inputs="token")
-    sae._trainer = SimpleNamespace(ckpt_path=None)
-    with pytest.raises(ValueError, match=r"first\.ckpt: it was trained with .*'average': set that"):
-        sae.setup("fit")
-
-
 def test_a_rule_of_one_s_own_must_count_what_passes_thresholds():
     class Uncounted(FeatureChoiceSAE):
         def choose(self, scores: Scores) -> Choice:
@@ -191,30 +180,6 @@ def test_a_rule_of_one_s_own_must_count_what_passes_thresholds():
 
     with pytest.raises(TypeError, match="must count the tokens that pass"):
         Uncounted(8, 24, 3, mutual_choice_share=0).loss(superposition(64, 8, 16, seed=0))
-
-
-def test_a_checkpoint_that_is_not_there_is_told(tmp_path: Path):
-    sae = from_scratch(start_from=str(tmp_path / "none.ckpt"))
-    sae._trainer = SimpleNamespace(ckpt_path=None)
-    with pytest.raises(ValueError, match=r"^start_from=.*none\.ckpt: .*No such file"):
-        sae.setup("fit")
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
-def test_a_checkpoint_that_is_none_is_refused(content: bytes | None, tmp_path: Path):
-    path = tmp_path / "first.ckpt"
-    if content is None:
-        state = TopKSAE(8, 25, 3).state_dict()
-        torch.save({"loops": {}, "lightning_sae_format": 2, "state_dict": state}, path)
-    else:
-        path.write_bytes(content)
-    sae = from_scratch(start_from=str(path))
-    sae._trainer = SimpleNamespace(ckpt_path=None)
-    before = {name: value.clone() for name, value in sae.state_dict().items()}
-    with pytest.raises(ValueError, match=r"start_from=.*first\.ckpt: .*no (SAE|checkpoint)"):
-        sae.setup("fit")
-    for name, value in sae.state_dict().items():
-        torch.testing.assert_close(value, before[name], equal_nan=True)
 
 
 def test_thresholds_keep_each_features_share():
