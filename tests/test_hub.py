@@ -1,14 +1,11 @@
 """SAEs on a hub, which here is one on the loopback address."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests.helpers.hub import serving
 
-ROOT = Path(__file__).parents[1]
 PUSH = """
 import torch
 from lightning_sae import MutualChoiceSAE, load
@@ -40,23 +37,10 @@ else:
 """
 
 
-@pytest.fixture
-def hub() -> Iterator[str]:
-    command = [sys.executable, "-m", "tests.helpers.hub"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:  # noqa: S603
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        server.kill()
-
-
-def test_an_sae_is_pushed_to_a_hub_and_loaded_from_it(hub: str, tmp_path: Path):
+def test_an_sae_is_pushed_to_a_hub_and_loaded_from_it(tmp_path: Path):
     # In a process of its own: huggingface_hub reads addresses as it is imported.
-    environment = os.environ | {
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(ROOT),
-    }
     run = [sys.executable, "-W", "ignore", "-c", PUSH + READ]
-    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)  # noqa: S603
+    with serving() as environment:
+        environment |= {"HF_HOME": str(tmp_path)}
+        done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)  # noqa: S603
     assert done.returncode == 0, done.stderr[-3000:]

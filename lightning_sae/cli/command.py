@@ -22,13 +22,19 @@ from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, req
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line_errors, refusals
 from lightning_sae.cli.exchange import export_sae, import_sae
-from lightning_sae.cli.from_checkpoint import of_folder, tell_changes, with_its_settings
+from lightning_sae.cli.from_checkpoint import (
+    of_another_library,
+    of_folder,
+    tell_changes,
+    with_its_settings,
+)
 from lightning_sae.cli.noise import silence_noise
 from lightning_sae.cli.parser import ConfigFile, Parser, run_function
 from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.interop import is_foreign
 
 __all__ = ["SparseAutoencoderCLI", "main"]
 
@@ -37,6 +43,8 @@ COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
 )
 """Those that are no methods of the Trainer, and so none of LightningCLI's subcommands."""
 SEEDS: Final = 2**32 - 1
+NEEDED: Final = {"fit": "a checkpoint to resume; model.start_from takes any trained SAE"}
+"""What a subcommand needs in place of any trained SAE."""
 LEAST: Final = {
     0: ("gradient_clip_val", "log_every_n_steps", "min_steps"),
     1: ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"),
@@ -195,10 +203,11 @@ class SparseAutoencoderCLI(LightningCLI):
         self._run("predict", **kwargs | {"return_predictions": False})
 
     def _run(self, subcommand: str, **kwargs: Any) -> None:
-        path = kwargs.get("ckpt_path")
-        if subcommand != "fit" and path is not None and Path(path).is_dir():
-            sae = of_folder(self.model, self.datamodule, path)
-            kwargs |= {"model": sae, "ckpt_path": None}
+        path: Any = kwargs.get("ckpt_path")
+        measured = subcommand != "fit" and path is not None
+        if measured and (is_foreign(path) or Path(path).is_dir()):
+            read = of_another_library if is_foreign(path) else of_folder
+            kwargs |= {"model": read(self.model, self.datamodule, path), "ckpt_path": None}
         else:
             self._check_checkpoint(subcommand, path)
         with own_folders(self.trainer, subcommand):
@@ -211,7 +220,8 @@ class SparseAutoencoderCLI(LightningCLI):
                 raise UsageError(f"ckpt_path=hpc: there is no hpc_ckpt_*.ckpt in {root}")
             return
         if path is None or not Path(path).is_file():
-            raise UsageError(f"ckpt_path={path}: {subcommand} needs the file of a trained SAE")
+            needed = NEEDED.get(subcommand, "the checkpoint or folder of a trained SAE")
+            raise UsageError(f"ckpt_path={path}: {subcommand} needs {needed}")
         try:
             found = open_checkpoint(path)
         except UsageError:

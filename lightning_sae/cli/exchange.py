@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from typing import Literal
 
 from lightning_sae import interop
-from lightning_sae.architectures import load
 from lightning_sae.checks import UsageError, require_positive
-from lightning_sae.cli.recorded import recorded_settings
-from lightning_sae.data import ActivationDataModule
+from lightning_sae.cli.recorded import recorded_activations
+from lightning_sae.cli.trained import imported, trained
 
 __all__ = ["export_sae", "import_sae"]
 
@@ -24,14 +19,16 @@ def export_sae(ckpt_path: str, to: Library, output: str, tokens: int = 4096) -> 
     """Write a trained SAE for another library, load it there, and compare.
 
     Args:
-        ckpt_path: A checkpoint, a folder that holds a saved SAE, or one's id on the hub.
+        ckpt_path: A checkpoint, a folder that holds a saved SAE, one's id on the hub, or
+            LIBRARY:FOLDER.
         to: The library. Where it is installed it loads what was written itself.
         output: Folder to write to.
         tokens: Held-out tokens of what the SAE was trained on to compare on, beside random ones.
     """
     require_positive(tokens=tokens)
-    sae = load(ckpt_path)
-    for comparison in interop.export(sae, to, output, _activations(sae.record, tokens)):
+    sae = trained(ckpt_path)
+    real = recorded_activations(sae.record, tokens)
+    for comparison in interop.export(sae, to, output, real):
         print(comparison)
     print(f"{output} is for {to}.")
 
@@ -40,7 +37,8 @@ def import_sae(path: str, output: str, k: int | None = None, tokens: int = 16_38
     """Read an SAE of another library, and save it as `lightning_sae.load` finds it.
 
     Args:
-        path: LIBRARY:FOLDER, with saelens, sparsify, dictionary_learning or openmoss for a library.
+        path: LIBRARY:FOLDER, with saelens, sparsify, dictionary_learning or openmoss for a library;
+            or saelens:RELEASE:ID, if SAELens is installed, for what it can download.
         output: Folder to write to.
         k: Matches per token that are expected; needed of SAEs with thresholds that do not say.
         tokens: Tokens of what it was trained on, where that is known and at hand, to measure mean
@@ -50,30 +48,6 @@ def import_sae(path: str, output: str, k: int | None = None, tokens: int = 16_38
     folder = Path(output).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"output={output} holds files already: remove them or name another")
-    folded = interop.load_foreign(path)
-    sae = interop.unfold(folded, k, _activations(folded.record, tokens))
+    sae = imported(path, k, tokens=tokens)
     sae.save_pretrained(folder)
     print(f"{output} holds a {type(sae).__name__}: lightning_sae.load({output!r})")
-
-
-def _activations(record: dict[str, Any], tokens: int) -> Tensor | None:
-    """Return held-out activations (tokens, d_model) of what a record names, if they can be read."""
-    settings = recorded_settings(record)
-    if not {"model_name", "layer", "text"} <= settings.keys():
-        rank_zero_warn("What the SAE was trained on is not known: no real activations are read")
-        return None
-    try:
-        # Twice as many, since special tokens are none of them; what is not needed is not read.
-        most = 2 * tokens + settings.get("context_length", 128)
-        data = ActivationDataModule(**settings, validation_tokens=most)
-        found: list[Tensor] = []
-        for batch in data.val_dataloader():
-            found.append(batch["activations"])
-            if sum(map(len, found)) >= tokens:
-                break
-        return torch.cat(found)[:tokens]
-    except (UsageError, OSError) as error:
-        rank_zero_warn(
-            f"What the SAE was trained on cannot be read, so no real activations: {error}"
-        )
-        return None

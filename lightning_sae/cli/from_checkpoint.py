@@ -13,12 +13,14 @@ from lightning_sae.checkpoint_format import TRAINED_WITH, upgrade
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.parser import find_config
+from lightning_sae.cli.trained import imported
 from lightning_sae.data import FrozenModelDataModule
 from lightning_sae.data.provenance import require_same_activations
+from lightning_sae.interop import is_foreign, load_foreign, unfold
 from lightning_sae.pretrained import config_of
 from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["of_folder", "tell_changes", "with_its_settings"]
+__all__ = ["of_another_library", "of_folder", "tell_changes", "with_its_settings"]
 
 ACTIVATIONS: Final = ("model_name", "layer", "model_dtype")
 
@@ -28,12 +30,15 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
 
     Its number of features, k and importance, and the model, layer and dtype it read come after the
     packaged configurations that begin it, which they overrule, and before what the user says: if
-    that is other, the checkpoint is refused. An earlier version's notes none of it.
+    that is other, the checkpoint is refused. An earlier version's notes none of it. An SAE of
+    another library has the last word on its class and settings: nobody can know them beforehand.
 
     Args:
         tokens: The command line.
         config: What it was parsed to, of its subcommand.
     """
+    if is_foreign(config.get("ckpt_path") or ""):
+        return [*tokens, *_of_foreign(config)]
     place = _after_packaged(tokens)
     if place == 0 or not config.get("ckpt_path"):
         return list(tokens)
@@ -75,6 +80,26 @@ def of_folder(model: SparseAutoencoder, data: Any, folder: str) -> SparseAutoenc
     return sae
 
 
+def of_another_library(model: SparseAutoencoder, data: Any, path: str) -> SparseAutoencoder:
+    """Return the SAE that another library has written, to be measured on some data.
+
+    Args:
+        model: One with the settings that `with_its_settings` found.
+        data: A data module, on whose activations its mean and scale are measured.
+        path: As `lightning_sae.interop.load_foreign` takes it.
+
+    Raises:
+        UsageError: If there is none, or it is for activations of another width.
+    """
+    activations = data if isinstance(data, FrozenModelDataModule) else None
+    sae = imported(path, model.hparams.get("k"), activations)
+    if sae.d_model != model.d_model:
+        raise UsageError(
+            f"ckpt_path={path} is for activations {sae.d_model} wide, not d_model={model.d_model}"
+        )
+    return sae
+
+
 def tell_changes(packaged: Any, config: Any) -> None:
     """Warn in one line of what is measured with other settings than packaged ones.
 
@@ -90,6 +115,17 @@ def tell_changes(packaged: Any, config: Any) -> None:
     ]
     if changed:
         rank_zero_warn(f"Measured with what is in the checkpoint: {', '.join(changed)}")
+
+
+def _of_foreign(config: Any) -> list[str]:
+    """Return class and settings of another library's SAE; nothing if it is none."""
+    try:
+        sae = unfold(load_foreign(config.ckpt_path), config.model.get("init_args", {}).get("k"))
+    except UsageError:  # which is told when the run begins
+        return []
+    names = ("n_features", *sae.code_settings)
+    settings = {name: sae.hparams[name] for name in names if name in sae.hparams}
+    return [f"--model=lightning_sae.{type(sae).__name__}", *_as_options("model", settings)]
 
 
 def _after_packaged(tokens: Sequence[str]) -> int:

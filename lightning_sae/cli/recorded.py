@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from lightning_sae.data import ActivationDataModule
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_sae.checks import UsageError
+from lightning_sae.data import ActivationDataModule, FrozenModelDataModule
 from lightning_sae.data.provenance import ORDER
 
-__all__ = ["recorded_settings"]
+__all__ = ["held_out_activations", "recorded_activations", "recorded_settings"]
 
 MODEL: Final = frozenset({"model_name", "model_revision", "layer", "model_dtype"})
 NOTED: Final = MODEL | (set(ActivationDataModule.place) - ORDER)
@@ -25,3 +30,40 @@ def recorded_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     trained_on = record.get("trained_on")
     found = trained_on if isinstance(trained_on, dict) else {}
     return {name: value for name, value in found.items() if name in NOTED}
+
+
+def recorded_activations(record: Mapping[str, Any], tokens: int) -> Tensor | None:
+    """Return held-out activations of what an SAE was trained on; None, and why, if none are there.
+
+    Args:
+        record: As `SparseAutoencoder.record`.
+        tokens: How many, at most.
+
+    Returns:
+        Shape (tokens, d_model).
+    """
+    settings = recorded_settings(record)
+    if not {"model_name", "layer", "text"} <= settings.keys():
+        rank_zero_warn("What the SAE was trained on is not known: no real activations are read")
+        return None
+    # Twice as many, since special tokens are none of them; what is not needed is not read.
+    most = 2 * tokens + settings.get("context_length", 128)
+    try:
+        return held_out_activations(
+            ActivationDataModule(**settings, validation_tokens=most), tokens
+        )
+    except (UsageError, OSError) as error:
+        rank_zero_warn(
+            f"What the SAE was trained on cannot be read, so no real activations: {error}"
+        )
+        return None
+
+
+def held_out_activations(data: FrozenModelDataModule, tokens: int) -> Tensor:
+    """Return the first activations of a validation, `tokens` at most, (tokens, d_model)."""
+    found: list[Tensor] = []
+    for batch in data.val_dataloader():
+        found.append(batch["activations"])
+        if sum(map(len, found)) >= tokens:
+            break
+    return torch.cat(found)[:tokens]

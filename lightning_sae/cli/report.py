@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lightning_sae.architectures import load
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.recorded import recorded_settings
+from lightning_sae.cli.trained import trained
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.provenance import compare
 from lightning_sae.report.write import Split, report_of, write_report
@@ -48,7 +48,7 @@ def report(
         raise UsageError(f"output={output}: there is no folder {page.parent}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    sae = load(ckpt_path, map_location=device)
+    sae = trained(ckpt_path, device)
     data = _data_of(sae, ckpt_path, {"model_name": model_name, "text": text})
     for path in write_report(report_of(sae, data, tokens=tokens, split=split), page):
         print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")

@@ -2,6 +2,15 @@
 
 from lightning_sae.interop.export import Comparison, export
 from lightning_sae.interop.folded import FoldedSAE, fold, unfold
-from lightning_sae.interop.formats import FORMATS, load_foreign
+from lightning_sae.interop.formats import FORMATS, is_foreign, load_foreign
 
-__all__ = ["FORMATS", "Comparison", "FoldedSAE", "export", "fold", "load_foreign", "unfold"]
+__all__ = [
+    "FORMATS",
+    "Comparison",
+    "FoldedSAE",
+    "export",
+    "fold",
+    "is_foreign",
+    "load_foreign",
+    "unfold",
+]

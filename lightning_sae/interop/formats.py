@@ -13,7 +13,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.interop import dictionary_learning, openmoss, saelens, sparsify
 from lightning_sae.interop.folded import FoldedSAE
 
-__all__ = ["FORMATS", "Format", "load_foreign"]
+__all__ = ["FORMATS", "Format", "is_foreign", "load_foreign"]
 
 
 class Format(Protocol):
@@ -40,11 +40,18 @@ FORMATS: Final = MappingProxyType(
 """By the names that `export` and `load_foreign` know."""
 
 
+def is_foreign(path: str | Path) -> bool:
+    """Return whether a path begins as `load_foreign` takes it."""
+    name, colon, _ = str(path).partition(":")
+    return bool(colon) and name in FORMATS
+
+
 def load_foreign(path: str) -> FoldedSAE:
     """Return an SAE that another library has written.
 
     Args:
-        path: `FORMAT:FOLDER`, for example `saelens:downloads/layer_8`.
+        path: `FORMAT:FOLDER`, for example `saelens:downloads/layer_8`. Or `saelens:RELEASE:ID`, for
+            what SAELens' `SAE.from_pretrained(RELEASE, ID)` downloads, such as Gemma Scope.
 
     Raises:
         UsageError: If there is none, it is damaged, or is of a kind that is not read.
@@ -53,10 +60,12 @@ def load_foreign(path: str) -> FoldedSAE:
     if name not in FORMATS:
         raise UsageError(f"{path} begins with none of {', '.join(f'{each}:' for each in FORMATS)}")
     where = Path(folder).expanduser()
-    if not where.is_dir():
+    release, of_release, sae_id = folder.partition(":")
+    downloaded = name == "saelens" and bool(of_release) and not where.is_dir()
+    if not (downloaded or where.is_dir()):
         raise UsageError(f"{path}: there is no such folder")
     try:
-        return FORMATS[name].read(where)
+        return saelens.download(release, sae_id) if downloaded else FORMATS[name].read(where)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except Exception as error:  # there is no end to what broken files raise

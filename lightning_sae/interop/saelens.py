@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -22,7 +23,7 @@ from lightning_sae.core.gate import Gate
 from lightning_sae.interop.folded import RELATIVE, FoldedSAE
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["read", "run", "write"]
+__all__ = ["download", "read", "run", "write"]
 
 CONFIG: Final = "cfg.json"
 WEIGHTS: Final = "sae_weights.safetensors"
@@ -72,7 +73,7 @@ def read(folder: Path) -> FoldedSAE:
         UsageError: If it is of an architecture, or has settings, that are not read.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    gate, unit_length = _gate(config), config.get("normalize_activations", "none") == UNIT_LENGTH
+    gate, unit_length = _gate(config), config.get("normalize_activations") == UNIT_LENGTH
     tensors = load_file(folder / WEIGHTS)
     w_dec, b_dec = tensors["W_dec"].float(), tensors["b_dec"].float()
     w_enc, b_enc = tensors["W_enc"].float().T.contiguous(), tensors["b_enc"].float()
@@ -99,6 +100,25 @@ def read(folder: Path) -> FoldedSAE:
     return folded if config.get("apply_b_dec_to_input", True) else folded.subtracting_origin(b_enc)
 
 
+def download(release: str, sae_id: str) -> FoldedSAE:
+    """Return an SAE of those that SAELens has readers for, Gemma Scope and others.
+
+    Args:
+        release: A key of SAELens' list of pretrained SAEs, or a repository on the hub.
+        sae_id: Its name there.
+
+    Raises:
+        UsageError: If SAELens is not installed, or the SAE of a kind that is not read.
+    """
+    if find_spec("sae_lens") is None:
+        raise UsageError("SAELens' readers are not here: pip install sae-lens")
+    from lightning_sae.interop import saelens_adapter
+
+    with TemporaryDirectory() as folder:
+        saelens_adapter.download(release, sae_id, Path(folder))
+        return read(Path(folder))
+
+
 def run(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """Return what gives codes and reconstructions by SAELens, or None if it is not installed."""
     if find_spec("sae_lens") is None:
@@ -118,10 +138,10 @@ def run(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
 
 def _gate(config: dict[str, Any]) -> Gate:
     architecture = config.get("architecture")
-    normalization = config.get("normalize_activations", "none")
-    if normalization not in ("none", UNIT_LENGTH):
+    normalization = config.get("normalize_activations")
+    if normalization not in (None, "none", UNIT_LENGTH):
         raise UsageError(f"normalize_activations={normalization!r} of {CONFIG} is not read")
-    if config.get("reshape_activations", "none") != "none":
+    if config.get("reshape_activations") not in (None, "none"):
         raise UsageError(f"reshape_activations={config['reshape_activations']!r} is not read")
     if architecture == "topk":
         return Gate(k=int(config["k"]))

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 
 from lightning_sae.interop.folded import RELATIVE
 
-__all__ = ["TokenNormJumpReLUSAE", "TokenNormJumpReLUSAEConfig", "load", "register"]
+__all__ = ["TokenNormJumpReLUSAE", "TokenNormJumpReLUSAEConfig", "download", "load", "register"]
 
 
 @dataclass
@@ -53,3 +54,19 @@ def register() -> None:
 def load(folder: Path) -> Any:
     """Return the SAE in a folder, as SAELens has it."""
     return SAE.load_from_disk(folder)
+
+
+def download(release: str, sae_id: str, folder: Path) -> None:
+    """Write what SAELens' readers make of a released SAE to a folder, in SAELens' own format.
+
+    Args:
+        release: As `SAE.from_pretrained` takes it.
+        sae_id: Likewise.
+        folder: Where to write.
+    """
+    sae = SAE.from_pretrained(release, sae_id)
+    known = get_pretrained_saes_directory().get(release)
+    l0 = known.expected_l0.get(sae_id) if known is not None else None
+    if sae.cfg.metadata.l0 is None:  # which it is of what is not there
+        sae.cfg.metadata.l0 = l0
+    sae.save_model(folder)

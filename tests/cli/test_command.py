@@ -155,6 +155,31 @@ def test_a_folder_is_measured_as_its_checkpoint_is(tmp_path: Path, capsys):
         main([*line, "--config=topk.yaml", f"--ckpt_path={run / 'pretrained'}"])
 
 
+@pytest.mark.filterwarnings("ignore:Measured with what is in the checkpoint")
+def test_an_sae_of_another_library_is_measured_as_ours_is(tmp_path: Path, capsys):
+    main(arguments("fit", "topk.yaml", model__k="5", model__n_features="300"))
+    checkpoint = tmp_path / "runs/topk/version_0/checkpoints/last.ckpt"
+    main(["export", f"--ckpt_path={checkpoint}", "--to=sparsify", f"--output={tmp_path / 'out'}"])
+    tables = []
+    for config, path in (
+        ("topk.yaml", checkpoint),
+        ("mutual_choice.yaml", f"sparsify:{tmp_path / 'out'}"),
+    ):
+        small = [f"--{key}={value}" for key, value in SMALL.items() if key != "model.n_features"]
+        capsys.readouterr()
+        main(["test", "--config", config, *small, f"--ckpt_path={path}"])
+        table = re.findall(r"^(fvu|l0|ce_spliced) +(\S+)", capsys.readouterr().out, re.M)
+        tables.append({name: pytest.approx(float(value), rel=2e-3) for name, value in table})
+    assert len(tables[0]) == 3
+    assert {name: value.expected for name, value in tables[0].items()} == tables[1]
+    for line, told in {
+        "fit": "fit needs a checkpoint to resume; model.start_from takes any trained SAE",
+        "test": "sparsify:none: there is no such folder",
+    }.items():
+        with pytest.raises(SystemExit, match=told):
+            main([line, "--config", "topk.yaml", *small, "--ckpt_path=sparsify:none"])
+
+
 def test_another_k_than_the_checkpoint_s_is_told(tmp_path: Path):
     """LightningCLI by itself lets a checkpoint's k override the one on the command line, unsaid."""
     main(arguments("fit", "topk.yaml"))
@@ -239,7 +264,7 @@ def test_a_checkpoint_of_something_else_is_told(tmp_path: Path, capsys):
     for settings in ({}, {"ckpt_path": "last"}):  # "last" of a folder without any
         with pytest.raises(SystemExit) as exit_:
             main(arguments("test", "topk.yaml", **settings))
-        assert_told(exit_, "test needs the file of a trained SAE", capsys)
+        assert_told(exit_, "test needs the checkpoint or folder of a trained SAE", capsys)
     (tmp_path / "torn.ckpt").write_bytes(Path(checkpoint).read_bytes()[:1000])
     torch.save({"state_dict": print}, tmp_path / "code.ckpt")
     torch.save({"weights": torch.ones(3)}, tmp_path / "foreign.ckpt")

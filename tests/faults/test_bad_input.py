@@ -159,7 +159,10 @@ LINES: list[tuple[list[str], str]] = [
     (["fit", "--nonsense"], "--nonsense"),
     (["fit", "--config"], "--config: expected one argument"),
     (["fit", "--config", "topk.yaml", "stray"], "stray"),
-    (["test", "--config", "topk.yaml"], "ckpt_path=None: test needs the file of a trained SAE"),
+    (
+        ["test", "--config", "topk.yaml"],
+        "ckpt_path=None: test needs the checkpoint or folder",
+    ),
     (["validate", "--config", "topk.yaml"], "ckpt_path=None: validate needs"),
     (["predict", "--config", "topk.yaml"], "ckpt_path=None: predict needs"),
 ]

@@ -1,14 +1,21 @@
-"""A hub on the loopback address: as much of Hugging Face's protocol as it takes."""
+"""A hub on the loopback address: as much of Hugging Face's protocol as it takes.
+
+`python -m tests.helpers.hub [FOLDER]` prints its port; FOLDER/OWNER/NAME are repositories it has.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "a" * 40
 
@@ -82,7 +89,37 @@ class Hub(BaseHTTPRequestHandler):
                 self.wfile.write(content)
 
 
+def repositories(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Return the files of the repositories in a folder."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        owner, name, *parts = path.relative_to(folder).parts
+        found.setdefault(f"{owner}/{name}", {})["/".join(parts)] = path.read_bytes()
+    return found
+
+
+@contextmanager
+def serving(folder: Path | None = None) -> Iterator[dict[str, str]]:
+    """Run a hub in a process of its own.
+
+    Yields:
+        The environment in which huggingface_hub finds it; read as that is imported.
+    """
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.helpers.hub", *([str(folder)] if folder else [])]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as server:  # noqa: S603
+        assert server.stdout
+        yield os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.stdout.readline().strip()}",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "PYTHONPATH": str(root),
+        }
+        server.kill()
+
+
 if __name__ == "__main__":
+    Hub.files |= repositories(Path(sys.argv[1])) if len(sys.argv) > 1 else {}
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         print(server.server_port, flush=True)
         with suppress(KeyboardInterrupt):

@@ -1,0 +1,49 @@
+"""Trained SAEs by what a command line calls them: this package's own, or another library's."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_sae.architectures import load
+from lightning_sae.cli.recorded import held_out_activations, recorded_activations
+from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.interop import is_foreign, load_foreign, unfold
+from lightning_sae.sae import SparseAutoencoder
+
+__all__ = ["imported", "trained"]
+
+
+def trained(path: str, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """Return the SAE that a path names, ready for inference.
+
+    Args:
+        path: What `lightning_sae.load` takes, or `lightning_sae.interop.load_foreign`.
+        device: Where it is to be.
+
+    Raises:
+        UsageError: If there is none, or it is damaged.
+    """
+    return imported(path).to(device) if is_foreign(path) else load(path, map_location=device)
+
+
+def imported(
+    path: str,
+    k: int | None = None,
+    data: FrozenModelDataModule | None = None,
+    tokens: int = 16_384,
+) -> SparseAutoencoder:
+    """Return the SAE of another library as one of this package's, ready for inference.
+
+    Args:
+        path: As `lightning_sae.interop.load_foreign` takes it.
+        k: As `lightning_sae.interop.unfold` takes it.
+        data: The activations it is for. Default: what its files say, if anything.
+        tokens: How many of these its mean and scale are measured on.
+
+    Raises:
+        UsageError: If there is none, it is damaged, or of a kind that is not read.
+    """
+    folded = load_foreign(path)
+    if data is None:
+        return unfold(folded, k, recorded_activations(folded.record, tokens))
+    return unfold(folded, k, held_out_activations(data, tokens))
