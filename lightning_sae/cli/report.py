@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from lightning_sae.cli.recorded import recorded_settings
 from lightning_sae.cli.trained import trained
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.data.provenance import compare
+from lightning_sae.report.neuronpedia import write_neuronpedia
 from lightning_sae.report.write import Split, report_of, write_report
 from lightning_sae.sae import SparseAutoencoder
 
@@ -20,8 +21,9 @@ __all__ = ["report"]
 
 def report(
     ckpt_path: str,
-    output: str = "report.html",
+    output: str | None = None,
     *,
+    format: Literal["page", "neuronpedia"] = "page",  # noqa: A002 - as the command line has it
     tokens: int = 250_000,
     split: Split = "held_out",
     model_name: str | None = None,
@@ -33,25 +35,41 @@ def report(
     Args:
         ckpt_path: A checkpoint, a folder that `save_pretrained` wrote, or the id of a repository on
             the Hugging Face hub.
-        output: The page. Tables of the same content come beside it, as parquet. Files that are
-            there are replaced.
+        output: The page, report.html if nothing is said. Tables of the same content come beside it,
+            as parquet. Files that are there are replaced. Of another format, a folder to make.
+        format: A page, or files of which Neuronpedia's tools make dashboards.
         tokens: Tokens to read. The more, the rarer the features of which something is seen.
         split: Whether to read text that was held out, or that was trained on, which is more.
         model_name: The language model, if it is no longer where it was in training.
         text: The text to read, if it is no longer where it was, or another is wanted.
         device: What to compute on: cpu, cuda, or auto, which is a GPU if there is one.
     """
-    page = Path(output).expanduser()
-    if page.suffix != ".html" or page.is_dir():
-        raise UsageError(f"output={output} must be a file whose name ends in .html")
-    if not page.parent.is_dir():  # found out now, not after the pass
-        raise UsageError(f"output={output}: there is no folder {page.parent}")
+    page = format == "page"
+    where = _checked(output or ("report.html" if page else "neuronpedia"), page=page)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sae = trained(ckpt_path, device)
     data = _data_of(sae, ckpt_path, {"model_name": model_name, "text": text})
-    for path in write_report(report_of(sae, data, tokens=tokens, split=split), page):
+    found = report_of(sae, data, tokens=tokens, split=split)
+    if page:
+        paths = write_report(found, where)
+    else:
+        names = {"model_id": Path(data.model_name).name, "source_set": "lightning_sae-res"}
+        paths = write_neuronpedia(found, where, layer=int(data.model.layer), **names)
+    for path in paths:
         print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _checked(output: str, *, page: bool) -> Path:
+    """Return where to write. What is wrong with it is found out now, not after the pass."""
+    path = Path(output).expanduser()
+    if page and (path.suffix != ".html" or path.is_dir()):
+        raise UsageError(f"output={output} must be a file whose name ends in .html")
+    if not path.parent.is_dir():
+        raise UsageError(f"output={output}: there is no folder {path.parent}")
+    if not page and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise UsageError(f"output={output} holds files already: remove them or name another")
+    return path
 
 
 def _data_of(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sae.report.collect import BEFORE
 from lightning_sae.report.contents import FeatureReport, Windows
 
-__all__ = ["write_tables"]
+__all__ = ["example_table", "feature_table", "write_tables"]
 
 
 def write_tables(report: FeatureReport, features: Path, examples: Path) -> None:
@@ -32,18 +32,16 @@ def write_tables(report: FeatureReport, features: Path, examples: Path) -> None:
         features: File of the first table.
         examples: File of the second table.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
-    parquet.write_table(pa.table(_features(report)), features, compression="zstd")
-    both = [
-        pa.table(_examples(report, report.top, "top", None)),
-        pa.table(_examples(report, report.sample, "sample", report.sample_quarter)),
-    ]
-    parquet.write_table(pa.concat_tables(both).sort_by("feature"), examples, compression="zstd")
+    parquet.write_table(feature_table(report), features, compression="zstd")
+    parquet.write_table(example_table(report), examples, compression="zstd")
 
 
-def _features(report: FeatureReport) -> dict[str, Any]:
+def feature_table(report: FeatureReport) -> Any:
+    """Return the first table of `write_tables`, as a `pyarrow.Table`."""
+    import pyarrow as pa
+
     firings = report.firings
     columns: dict[str, Any] = {
         "feature": np.arange(len(firings.count), dtype=np.int32),
@@ -64,7 +62,21 @@ def _features(report: FeatureReport) -> dict[str, Any]:
             "demoted": _texts(report, report.lens.demoted),
             "demoted_logits": _lists(report.lens.demoted_logits),
         }
-    return columns
+    return pa.table(columns)
+
+
+def example_table(report: FeatureReport) -> Any:
+    """Return the second table of `write_tables`, as a `pyarrow.Table`: by feature, top ones first.
+
+    Each kind begins with the strongest.
+    """
+    import pyarrow as pa
+
+    both = [
+        pa.table(_examples(report, report.top, "top", None)),
+        pa.table(_examples(report, report.sample, "sample", report.sample_quarter)),
+    ]
+    return pa.concat_tables(both).sort_by("feature")
 
 
 def _examples(

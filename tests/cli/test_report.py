@@ -1,5 +1,6 @@
 """`lightning_sae report` as a user meets it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_a_page_and_tables(folder: str, tmp_path: Path, capsys):
     printed = capsys.readouterr().out
     assert all(path.name in printed for path in tmp_path.glob("report.*"))
     assert len(list(tmp_path.glob("report.*"))) == 3
+
+
+def test_files_for_neuronpedia(folder: str, tmp_path: Path, capsys):
+    output = tmp_path / "out"
+    line = [f"--ckpt_path={folder}", "--format=neuronpedia", f"--output={output}"]
+    main(["report", *line, f"--tokens={6 * LENGTH}"])
+    assert str(output / "batch-0.json") in capsys.readouterr().out
+    batch = json.loads((output / "batch-0.json").read_text())
+    assert batch["layer"] == 1
+    assert batch["model_id"] == "model"
+    assert len(batch["features"]) == 24
+    assert "out holds files already" in refused(*line, capsys=capsys)
 
 
 def test_a_model_that_has_moved_can_be_named(folder: str, tmp_path: Path):
