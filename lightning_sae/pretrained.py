@@ -100,6 +100,11 @@ class PretrainedAutoencoder(
             f"{type(self).__name__} does not say by a method `gate` what its codes are"
         )
 
+    def on_fit_start(self) -> None:
+        """Note what it is to be trained on: it may be exported after, without a checkpoint."""
+        super().on_fit_start()
+        self._noted()
+
     def note_figures(self) -> None:
         """Note what a validation has logged, callbacks too: called at the end of its epoch."""
         logged = self.trainer.callback_metrics

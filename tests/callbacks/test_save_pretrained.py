@@ -82,6 +82,7 @@ def test_what_is_known_of_the_training_is_in_it(tmp_path: Path):
     )
     run.fit(sae, datamodule=data)
     record = load(tmp_path / "sae").record
+    assert sae.record == record
     assert (
         record["trained_on"].items()
         >= {
