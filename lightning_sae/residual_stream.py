@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from functools import cached_property
 from inspect import signature
 from threading import get_ident
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError
+from lightning_sae.layers import check_layer, path_of_blocks, starting_after
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-__all__ = ["ResidualStream", "check_layer"]
+__all__ = ["ResidualStream"]
 
 
 class _LayerReached(Exception):  # noqa: N818  (a signal that ends a forward pass, not an error)
@@ -49,7 +49,7 @@ class ResidualStream:
         check_layer(model.config, layer)
         self.model = model
         self.layer = layer
-        self.path = layer if isinstance(layer, str) else f"{_blocks(model)}.{layer}"
+        self.path = layer if isinstance(layer, str) else f"{path_of_blocks(model)}.{layer}"
         try:
             self._block = model.get_submodule(self.path)
         except AttributeError as error:
@@ -156,7 +156,7 @@ class ResidualStream:
 
         model = self.model
         if states is not None and self._may_skip(input_ids, attention_mask):
-            model = self._after(states)
+            model = starting_after(self.model, self.path, states)
         output = self._forward(splice, input_ids, attention_mask, model)
         if not hasattr(output, "logits"):
             raise UsageError(f"model: {type(self.model).__name__} gives no logits")
@@ -201,38 +201,14 @@ class ResidualStream:
                 whole, states = self._forward(None, ids, mask).logits, self.read(ids, mask)
                 self._forward(None, torch.zeros_like(ids), mask)  # overwrites what they left
                 try:
-                    rest = self._forward(None, ids, mask, self._after(states)).logits
+                    rest = self._forward(
+                        None, ids, mask, starting_after(self.model, self.path, states)
+                    ).logits
                 except Exception:  # there is no end to what a model may miss
                     self._skips = False
                 else:
                     self._skips = torch.equal(rest, whole)
         return self._skips
-
-    def _after(self, states: Tensor) -> PreTrainedModel:
-        """Return the model with blocks up to the layer that only put out these states.
-
-        Only the modules from the model down to these blocks are others; those share with the
-        model's own their hooks, weights and all that is in them.
-        """
-
-        def putting_out(block: nn.Module) -> nn.Module:
-            idle = copy(block)
-            # A copy each time, since models may change what a block puts out in place.
-            idle.forward = lambda *_inputs, **_options: states.clone()
-            return idle
-
-        path, _, last = self.path.rpartition(".")
-        blocks = dict(self.model.get_submodule(path).named_children())
-        before = list(blocks)[: list(blocks).index(last) + 1]
-        others = {name: putting_out(blocks[name]) for name in before}
-        while True:
-            twin = copy(self.model.get_submodule(path))
-            # Private to torch, where setting a child would set it in the model's own module too.
-            twin._modules = {**twin._modules, **others}
-            if not path:
-                return cast("PreTrainedModel", twin)
-            path, _, name = path.rpartition(".")
-            others = {name: twin}
 
     def _forward(
         self,
@@ -264,36 +240,3 @@ class ResidualStream:
                 return (model or self.model)(input_ids, return_dict=True, **options)
         finally:
             handle.remove()
-
-
-def check_layer(config: PretrainedConfig, layer: int | str) -> None:
-    """Raise UsageError if a model of this configuration has no block of index `layer`."""
-    if isinstance(layer, str):  # only the model knows its modules
-        return
-    layers = config.get_text_config().num_hidden_layers
-    if not 0 <= layer < layers:
-        name = config.name_or_path or config.model_type
-        raise UsageError(f"layer={layer} is out of range: {name} has layers 0 to {layers - 1}")
-
-
-def _blocks(model: PreTrainedModel) -> str:
-    """Return the path of the list of blocks."""
-    layers = model.config.get_text_config().num_hidden_layers
-    whole: Any = model  # whose `get_decoder` has no types
-    both = getattr(model.config, "is_encoder_decoder", False)
-    inside = {id(module) for module in (whole if both else whole.get_decoder()).modules()}
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    }
-    found = [name for name, module in lists.items() if id(module) in inside] or list(lists)
-    # A list inside another belongs to a block (its experts, say).
-    outermost = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    if len(outermost) != 1:
-        raise UsageError(
-            f"{type(model).__name__} should have one ModuleList of {layers} blocks, found "
-            f"{outermost or 'none'}; layer may be the path of a block"
-        )
-    (path,) = outermost
-    return str(path)

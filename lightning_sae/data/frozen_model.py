@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError, require_at_least
 from lightning_sae.data.cache import ActivationCache, model_fingerprint, weights_fingerprint
+from lightning_sae.layers import check_layer
 from lightning_sae.quickstart import FOLDER
-from lightning_sae.residual_stream import ResidualStream, check_layer
+from lightning_sae.residual_stream import ResidualStream
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
