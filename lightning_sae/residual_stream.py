@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from inspect import signature
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError
+from lightning_sae.hooks import hooked
 from lightning_sae.layers import check_layer, path_of_blocks, starting_after
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["ResidualStream"]
 
 
 class _LayerReached(Exception):  # noqa: N818  (a signal that ends a forward pass, not an error)
-    """Carries the residual stream out of a forward pass that need not go on."""
+    """Leaves a forward pass that need not go on."""
 
 
 class ResidualStream:
@@ -47,11 +48,12 @@ class ResidualStream:
 
     def __init__(self, model: PreTrainedModel, layer: int | str) -> None:
         check_layer(model.config, layer)
-        self.model = model
+        # Private to torch, which has no other name for what a compiled model was before.
+        self.model: PreTrainedModel = getattr(model, "_orig_mod", model)
         self.layer = layer
-        self.path = layer if isinstance(layer, str) else f"{path_of_blocks(model)}.{layer}"
+        self.path = layer if isinstance(layer, str) else f"{path_of_blocks(self.model)}.{layer}"
         try:
-            self._block = model.get_submodule(self.path)
+            self._block = self.model.get_submodule(self.path)
         except AttributeError as error:
             raise UsageError(
                 f"layer={layer!r}: {type(model).__name__} has no such module"
@@ -105,16 +107,15 @@ class ResidualStream:
         Raises:
             UsageError: If the layer puts out anything else for token ids.
         """
+        states: list[Tensor] = []
 
         def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            raise _LayerReached(self._states_in(output, input_ids))
+            states.append(self._states_in(output, input_ids))
+            raise _LayerReached
 
-        try:
+        with suppress(_LayerReached):
             self._forward(stop, input_ids, attention_mask)
-        except _LayerReached as reached:
-            states: Tensor = reached.args[0]
-            return states
-        raise UsageError(f"layer={self.layer!r}: {type(self.model).__name__} does not run it")
+        return states[0]
 
     def replace(
         self,
@@ -146,22 +147,32 @@ class ResidualStream:
         Raises:
             UsageError: If the model gives no logits, or the layer puts out anything but x.
         """
-
-        def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            x = self._states_in(output, input_ids)
-            edited = edit(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-            if isinstance(output, tuple | list):
-                return type(output)([edited, *output[1:]])
-            return edited
-
         model = self.model
         if states is not None and self._may_skip(input_ids, attention_mask):
             model = starting_after(self.model, self.path, states)
-        output = self._forward(splice, input_ids, attention_mask, model)
+        output = self._forward(self._putting(edit, input_ids), input_ids, attention_mask, model)
         if not hasattr(output, "logits"):
             raise UsageError(f"model: {type(self.model).__name__} gives no logits")
         logits: Tensor = output.logits
         return logits
+
+    @contextmanager
+    def editing(self, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Have every run of the model replace the stream x by `edit(x)`, until the block is left.
+
+        `generate` is run so too, where x is that of the newest tokens alone once there is a cache.
+        Edits of one layer act in the order in which they were entered. Nothing stays on the model.
+        A compiled model runs as if it were not: its code would know nothing of the edit.
+
+        Args:
+            edit: As `replace` takes it, x of shape (contexts, new tokens, d_model). Runs in other
+                threads are not edited: data modules may read ahead in them.
+
+        Raises:
+            UsageError: If the block is left and the model did not run in it, in this thread.
+        """
+        with torch.compiler.set_stance("force_eager"), self._hooked(self._putting(edit)):
+            yield
 
     @property
     def _reads_text(self) -> bool:
@@ -175,10 +186,25 @@ class ResidualStream:
                 return module.padding_idx
         return None
 
-    def _states_in(self, output: Any, input_ids: Tensor) -> Tensor:
+    def _putting(
+        self, edit: Callable[[Tensor], Tensor], input_ids: Tensor | None = None
+    ) -> Callable[..., Any]:
+        """Return a hook that replaces the stream x by `edit(x)`."""
+
+        def put(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            x = self._states_in(output, input_ids)
+            edited = edit(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+            if isinstance(output, tuple | list):
+                return type(output)([edited, *output[1:]])
+            return edited
+
+        return put
+
+    def _states_in(self, output: Any, input_ids: Tensor | None) -> Tensor:
         """Return the stream in what the layer puts out, alone or before other things."""
         states = output[0] if isinstance(output, tuple | list) else output
-        expected = (*input_ids.shape, self.d_model)
+        shape = input_ids.shape if input_ids is not None else getattr(states, "shape", ())[:2]
+        expected = (*shape, self.d_model)
         if not isinstance(states, Tensor) or (self._reads_text and states.shape != expected):
             found = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
             raise UsageError(
@@ -227,16 +253,17 @@ class ResidualStream:
             # Learned positions are counted from the first column otherwise, padding or not.
             positions = cast(Tensor, attention_mask).long().cumsum(-1) - 1
             options["position_ids"] = positions.clamp(min=0)
-        thread = get_ident()
+        # The model's dtype says how it computes, whatever autocast the caller is in.
+        with (
+            nullcontext() if hook is None else self._hooked(hook),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            return (self.model if model is None else model)(input_ids, return_dict=True, **options)
 
-        def in_this_thread(*seen: Any) -> Any:
-            # Activations may be read ahead while the same model does something else.
-            return hook(*seen) if hook is not None and get_ident() == thread else None
-
-        handle = self._block.register_forward_hook(in_this_thread)
-        try:
-            # The model's dtype says how it computes, whatever autocast the caller is in.
-            with torch.autocast(self.device.type, enabled=False):
-                return (model or self.model)(input_ids, return_dict=True, **options)
-        finally:
-            handle.remove()
+    @contextmanager
+    def _hooked(self, hook: Callable[..., Any]) -> Iterator[None]:
+        with hooked(self._block, hook) as calls:
+            yield
+        if not calls:
+            name = type(self.model).__name__
+            raise UsageError(f"layer={self.layer!r}: {name} did not run it in this thread")

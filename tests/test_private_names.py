@@ -89,6 +89,14 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
         # The children of a module, in which a copy of it shares them with the original.
         ("torch.nn.Module", lambda: list(torch.nn.ReLU()._modules), []),
     ],
+    "_orig_mod": [
+        # The model that a compiled one was made of.
+        (
+            "torch.compile",
+            lambda: type(torch.compile(torch.nn.ReLU(), backend="eager")._orig_mod),
+            torch.nn.ReLU,
+        ),
+    ],
     "_parse_ckpt_path": [
         # Overridden to do nothing.
         ("LightningCLI", lambda: parameters(LightningCLI._parse_ckpt_path), ["self"]),

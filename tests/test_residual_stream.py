@@ -151,6 +151,8 @@ def test_hooks_never_stay(model, input_ids):
     stream.read(input_ids)
     with pytest.raises(KeyError, match="edit"):
         stream.replace(input_ids, fail)
+    with pytest.raises(KeyError, match="edit"), stream.editing(fail):
+        model(input_ids)
     with pytest.raises((IndexError, RuntimeError)):
         stream.read(input_ids + 50)
     assert all(not module._forward_hooks for module in blocks(model))
@@ -170,6 +172,61 @@ def test_threads_do_not_meet_each_others_hooks(model, input_ids):
     for found, expected in ((reading.result(), states), (replaced, logits), (run, clean)):
         assert found
         assert all(torch.equal(each, expected) for each in found)
+
+
+def test_editing_lasts_as_long_as_its_block(model, input_ids):
+    clean = model(input_ids, output_hidden_states=True).logits  # transformers leaves hooks
+    stream = ResidualStream(model, 1)
+    with stream.editing(lambda x: 2 * x):
+        runs = [model(input_ids), model(input_ids, output_hidden_states=True)]
+        with stream.editing(lambda x: x + 1):  # acts after the other
+            both = model(input_ids).logits
+    for run in runs:
+        assert torch.equal(run.logits, stream.replace(input_ids, lambda x: 2 * x))
+    assert torch.equal(runs[1].hidden_states[2], 2 * stream.read(input_ids))
+    assert torch.equal(both, stream.replace(input_ids, lambda x: 2 * x + 1))
+    assert torch.equal(model(input_ids).logits, clean)
+
+
+def test_an_edit_reaches_what_is_read_and_replaced_in_its_block(model, input_ids):
+    stream, later = ResidualStream(model, 1), ResidualStream(model, 2)
+    with stream.editing(lambda x: 2 * x):
+        read, logits = later.read(input_ids), later.replace(input_ids, lambda x: x)
+        assert torch.equal(model(input_ids).logits, logits)
+    assert not torch.equal(read, later.read(input_ids))
+
+
+def test_an_edit_that_met_no_run_is_told(model, input_ids):
+    stream = ResidualStream(model, 1)
+    message = f"^layer=1: {type(model).__name__} did not run it in this thread$"
+    with pytest.raises(ValueError, match=message), stream.editing(lambda x: x):
+        pass
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ValueError, match=message),
+        stream.editing(lambda x: 0 * x),
+    ):
+        elsewhere = pool.submit(lambda: model(input_ids).logits).result()
+    assert torch.equal(elsewhere, model(input_ids).logits)
+    with pytest.raises(KeyError, match="theirs"), stream.editing(lambda x: x):
+        raise KeyError("theirs")
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "block by block"])
+def test_a_compiled_model_is_edited(input_ids, how):
+    model = tiny(CONFIGS["llama"])
+    clean = model(input_ids).logits
+    edited = ResidualStream(model, 1).replace(input_ids, lambda x: 2 * x)
+    compiled = torch.compile(model, backend="eager") if how == "wrapped" else model
+    for module in {"in place": [model], "block by block": blocks(model)}.get(how, []):
+        module.compile(backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids).logits, clean)
+        stream = ResidualStream(compiled, 1)
+        with stream.editing(lambda x: 2 * x):
+            assert torch.equal(compiled(input_ids).logits, edited)
+        assert torch.equal(compiled(input_ids).logits, clean)
+    torch.compiler.reset()
 
 
 def test_properties(model):

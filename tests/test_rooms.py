@@ -25,7 +25,7 @@ ROOMS = (
     ("kernels", "data", "metrics"),
     ("parallel",),
     (
-        *("matches", "numerics", "zipf", "layers", "residual_stream"),
+        *("matches", "numerics", "zipf", "hooks", "layers", "residual_stream"),
         *("checks", "hyperparameters", "model_card", "tensor_files", "quickstart"),
     ),
 )
