@@ -1,8 +1,8 @@
 """Sparse autoencoders on transformer activations, as PyTorch Lightning modules.
 
 What is public is what this file names, and what the `__all__` of `lightning_sae.allocation`,
-`callbacks`, `data`, `interop`, `metrics`, `report` and `zipf` does. Everything else may change
-without notice.
+`callbacks`, `data`, `interop`, `interventions`, `metrics`, `report` and `zipf` does. Everything
+else may change without notice.
 """
 
 from lightning_sae.allocation import (

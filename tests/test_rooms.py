@@ -13,7 +13,7 @@ ROOMS = (
     ("cli", "__main__"),
     ("interop",),
     ("architectures",),
-    ("callbacks", "report"),
+    ("callbacks", "interventions", "report"),
     ("sae",),
     ("pretrained",),
     ("checkpointed",),
