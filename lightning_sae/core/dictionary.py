@@ -245,6 +245,25 @@ class Dictionary(ScaledInputs):
             weight = local(self.decoder.weight)
             return share.sum(sum_directions(share.own(matches), weight, in_parts=in_parts))
 
+    @torch.no_grad()
+    def along_directions(self, rows: Tensor, matches: Matches) -> Tensor:
+        """Return how far the row of each match's token goes along its feature's direction.
+
+        Args:
+            rows: Shape (tokens, d_model).
+            matches: Pairs of their tokens and features, in any order.
+
+        Returns:
+            Dot products with directions, float32 or as wide as these, shape (matches,).
+        """
+        share = self.layout.share
+        with torch.autocast(rows.device.type, enabled=False):
+            (weight,) = wide_rows(self.decoder.weight)
+            own = share.own(matches)
+            norms = torch.linalg.vector_norm(weight, dim=1).clamp_min(1e-12)
+            dots = dot_rows(rows.to(weight), own.token, weight, own.feature)
+            return share.complete(dots / norms[own.feature], matches)
+
     def reconstruct(self, matches: Matches) -> Tensor:
         """Return the scaled activations (tokens, d_model) that matches stand for."""
         (origin,) = wide_rows(self.decoder.bias)

@@ -198,3 +198,14 @@ def test_the_direction_of_a_feature_is_the_code_that_is_one():
     sae = TopKSAE(8, 16, 2)
     one_hot = torch.nn.functional.one_hot(torch.tensor([3]), 16)  # integers
     torch.testing.assert_close(sae.decode(one_hot), sae.decoder.weight[3:4] + 0)
+
+
+def test_how_far_rows_go_along_the_directions_of_matches():
+    sae = TopKSAE(D_MODEL, N_FEATURES, K)
+    sae.decoder.weight.data *= 3  # rows have unit norm again only after a step
+    matches = sae.match(activations(100))
+    rows = torch.randn(100, D_MODEL, dtype=torch.float64)
+    directions = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1).double()
+    expected = (rows @ directions.T)[matches.token, matches.feature]
+    found = sae.along_directions(rows, matches)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
