@@ -139,6 +139,10 @@ class ActivationDataModule(FrozenModelDataModule):
         """Return which tokens are neither special nor the first: a bool mask, as the contexts."""
         return self._packer.kept(inputs)
 
+    def describe(self) -> dict[str, Any]:
+        """Return also the ids of the special tokens, which what learns from these never sees."""
+        return super().describe() | {"special_tokens": self._packer.special}
+
     def train_inputs(self) -> Inputs:
         """Return the contexts of the documents to train on; without `streaming`, packs them all."""
         packer = self._packer  # first, to find a mistake in it before reading the text

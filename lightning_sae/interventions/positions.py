@@ -152,9 +152,10 @@ def special_tokens(stream: ResidualStream, sae: Autoencoder) -> set[int]:
     They are in its record; if not, they are those that the model's configuration names: the first
     of a text, the last, and padding.
     """
-    recorded = getattr(sae, "record", {}).get("trained_on", {}).get("special_tokens")
-    if recorded is not None:
-        return set(recorded)
+    trained_on = getattr(sae, "record", {}).get("trained_on")
+    recorded = trained_on.get("special_tokens") if isinstance(trained_on, dict) else None
+    if isinstance(recorded, list):
+        return {token for token in recorded if isinstance(token, int)}
     config = stream.model.config.get_text_config()
     found: set[int] = set()
     for source in (config, getattr(stream.model, "generation_config", None)):

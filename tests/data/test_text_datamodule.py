@@ -191,3 +191,12 @@ def test_too_little_held_out_text(make, tmp_path):
     assert len(none.val_dataloader()) > 0
     with pytest.raises(ValueError, match=r"^test_tokens=192: .* has 0 held-out contexts for it"):
         none.test_dataloader()
+
+
+def test_its_description_says_which_tokens_are_special(make):
+    data = make()
+    batch = next(iter(data.test_dataloader()))
+    special = data.describe()["special_tokens"]
+    later = batch["input_ids"][:, 1:]
+    assert special == [0]
+    assert torch.equal(batch["kept"][:, 1:], ~torch.isin(later, torch.tensor(special)))

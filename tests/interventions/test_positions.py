@@ -282,6 +282,9 @@ def test_the_record_says_which_tokens_are_special(stream):
     assert special_tokens(stream, sae) == {0, 9}
     sae.record = {"trained_on": {"special_tokens": [4, 5]}}
     assert special_tokens(stream, sae) == {4, 5}
+    for nothing in ({"trained_on": None}, {"trained_on": {"special_tokens": "all"}}, {}):
+        sae.record = nothing  # anyone may have written it
+        assert special_tokens(stream, sae) == {0, 9}
 
 
 @pytest.mark.parametrize(
