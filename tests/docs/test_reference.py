@@ -20,6 +20,7 @@ ROOMS = [
     "callbacks",
     "data",
     "interop",
+    "interventions",
     "metrics",
     "optim",
     "parallel",
