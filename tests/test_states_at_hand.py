@@ -92,3 +92,12 @@ def test_a_model_that_needs_more_than_the_states_is_run_as_a_whole(model, input_
     for ids, known in zip((input_ids, other), states, strict=True):
         expected = stream.replace(ids, lambda x: 0.5 * x)
         assert torch.equal(stream.replace(ids, lambda x: 0.5 * x, states=known), expected)
+
+
+def test_what_was_read_within_an_edit_is_not_edited_again(model, input_ids):
+    stream = ResidualStream(model, 1)
+    stream.replace(input_ids, lambda x: x, states=stream.read(input_ids))  # finds out that it may
+    with stream.editing(lambda x: x + 1):
+        expected = stream.replace(input_ids, lambda x: 2 * x)
+        states = stream.read(input_ids)
+        assert torch.equal(stream.replace(input_ids, lambda x: 2 * x, states=states), expected)
