@@ -175,6 +175,12 @@ class ResidualStream:
             yield
 
     @property
+    def _inner(self) -> nn.Module:
+        """The model itself, where PEFT has wrapped it: its wrapper takes any argument."""
+        inner: nn.Module = getattr(self.model, "get_base_model", lambda: self.model)()
+        return inner
+
+    @property
     def _reads_text(self) -> bool:
         return bool(self.model.main_input_name == "input_ids")
 
@@ -249,7 +255,7 @@ class ResidualStream:
         padded_before = attention_mask is not None and not bool(attention_mask[:, 0].all())
         if padded_before and self._padding_id is not None:
             input_ids = input_ids.where(cast(Tensor, attention_mask) != 0, self._padding_id)
-        elif padded_before and "position_ids" in signature(self.model.forward).parameters:
+        elif padded_before and "position_ids" in signature(self._inner.forward).parameters:
             # Learned positions are counted from the first column otherwise, padding or not.
             positions = cast(Tensor, attention_mask).long().cumsum(-1) - 1
             options["position_ids"] = positions.clamp(min=0)

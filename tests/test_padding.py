@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -68,3 +69,30 @@ def test_tokens_after_padding_are_read_as_they_are_alone(name, padding):
     logits = stream.replace(padded, lambda x: 0.5 * x, mask)[:, 3:]
     expected = stream.replace(ids, lambda x: 0.5 * x)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+class Adapted(nn.Module):
+    """A model as PEFT wraps it."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+        self.config, self.device = model.config, model.device
+
+    def get_base_model(self):
+        return self.base_model
+
+    def get_decoder(self):
+        return self.base_model.get_decoder()
+
+    def forward(self, *args, **kwargs):
+        return self.base_model.forward(*args, **kwargs)
+
+
+def test_a_wrapped_model_counts_positions_as_the_model_does(model, input_ids):
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    stream, wrapped = ResidualStream(model, 1), ResidualStream(Adapted(model), 1)
+    assert torch.equal(wrapped.read(input_ids, mask), stream.read(input_ids, mask))
