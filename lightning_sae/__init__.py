@@ -29,6 +29,7 @@ from lightning_sae.data import (
     FrozenModelDataModule,
     ImageActivationDataModule,
     LanguageModel,
+    StoredActivationsDataModule,
     VisionModel,
 )
 from lightning_sae.optim import ChunkedAdam
@@ -55,6 +56,7 @@ __all__ = [
     "SparseAutoencoder",
     "StandardSAE",
     "StopOnSignal",
+    "StoredActivationsDataModule",
     "TopKSAE",
     "UsageError",
     "VisionModel",

@@ -108,6 +108,7 @@ def test_files_can_be_read_at_a_sitting(name: str):
 TESTED_WITH = {
     "allocation.choice": "allocation/test_feature_choice",  # a named tuple
     "checkpointed": "test_sae",
+    "data.stream_datamodule": "data/test_frozen_model_datamodule",
     "metrics.runs": "metrics/test_loss_recovered",
     "sparse.gradient_form": "sparse/test_row_gradient",
     **{f"kernels.{path.stem}": "kernels/test_kernels" for path in PACKAGE.glob("kernels/*.py")},

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_sae.checks import require_positive
@@ -28,9 +28,9 @@ class HeldOutCallback(Callback, ABC):
 
     It needs a datamodule with the language model as `residual_stream`, whose batches are mappings
     with `activations`, `input_ids` and `kept`, as `ActivationDataModule` has; with other data it
-    does nothing. An `attention_mask` there tells padding (0) from tokens (1). Which contexts these
-    are does not depend on the number of devices where a batch says with `first` which of all
-    contexts is the first of its own.
+    does nothing, and says so. An `attention_mask` there tells padding (0) from tokens (1). Which
+    contexts these are does not depend on the number of devices where a batch says with `first`
+    which of all contexts is the first of its own.
 
     Args:
         tokens: Tokens to measure on, over all devices, counted as the data module counts
@@ -45,6 +45,7 @@ class HeldOutCallback(Callback, ABC):
         self.tokens = tokens
         self._seen = 0  # contexts, by this rank
         self._memory: dict[str, Any] = {}
+        self._told = False  # that nothing is measured
 
     @abstractmethod
     def start(self, ranks: Ranks) -> None:
@@ -114,7 +115,7 @@ class HeldOutCallback(Callback, ABC):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember nothing of another run, whose language model may be another."""
-        self._memory = {}
+        self._memory, self._told = {}, False
 
     def remembered(
         self,
@@ -154,10 +155,14 @@ class HeldOutCallback(Callback, ABC):
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any
     ) -> None:
-        if not (isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()):
-            return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
-        if residual_stream is None:
+        of_text = isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()
+        if not of_text or residual_stream is None:
+            if not self._told:
+                self._told = True
+                rank_zero_info(
+                    f"{type(self).__name__} measures nothing: the data have no language model"
+                )
             return
         if not getattr(residual_stream, "is_causal_language_model", True):
             rank_zero_warn(

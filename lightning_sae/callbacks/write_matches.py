@@ -21,7 +21,8 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
 
     A file holds `token`, `feature` (int64) and `value`, one entry a match, and the text
     `[tokens, features]` under `shape` in its metadata. If the batch is a mapping with them, also
-    `kept` (uint8, 1 or 0) and `input_ids`, both (contexts, length), or `image_numbers`, (images,):
+    `kept` (uint8, 1 or 0) and `input_ids`, both (contexts, length), `image_numbers`, (images,), or
+    `run_numbers`, (runs,):
     row i of the matches is then the i-th kept position. A file has its name only
     once it is complete.
 
@@ -61,7 +62,7 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         matches: Matches = outputs
         tensors = {"token": matches.token, "feature": matches.feature, "value": matches.value}
         if isinstance(batch, Mapping):
-            what_was_read = ("input_ids", "image_numbers", "kept")
+            what_was_read = ("input_ids", "image_numbers", "run_numbers", "kept")
             tensors |= {name: batch[name] for name in what_was_read if name in batch}
         if "kept" in tensors:
             tensors["kept"] = tensors["kept"].to(torch.uint8)

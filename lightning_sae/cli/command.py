@@ -33,7 +33,7 @@ from lightning_sae.cli.parser import ConfigFile, Parser, run_function
 from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
-from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.data import StreamDataModule
 from lightning_sae.interop import is_foreign
 
 __all__ = ["SparseAutoencoderCLI", "main"]
@@ -68,7 +68,7 @@ def main(args: ArgsType = None) -> None:
             return
         SparseAutoencoderCLI(
             SparseAutoencoder,
-            FrozenModelDataModule,
+            StreamDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,

@@ -14,7 +14,7 @@ from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.parser import find_config
 from lightning_sae.cli.trained import imported
-from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.data import StreamDataModule
 from lightning_sae.data.provenance import require_same_activations
 from lightning_sae.interop import is_foreign, load_foreign, unfold
 from lightning_sae.pretrained import config_of
@@ -75,8 +75,8 @@ def of_folder(model: SparseAutoencoder, data: Any, folder: str) -> SparseAutoenc
     asked = {name: model.hparams[name] for name in model.code_settings if name in model.hparams}
     kind = type(model)
     sae = kind.from_pretrained(folder, **asked)
-    if isinstance(data, FrozenModelDataModule):
-        require_same_activations(data.model.description, sae.record.get("trained_on", {}))
+    if isinstance(data, StreamDataModule):
+        require_same_activations(data.description, sae.record.get("trained_on", {}))
     return sae
 
 
@@ -91,7 +91,7 @@ def of_another_library(model: SparseAutoencoder, data: Any, path: str) -> Sparse
     Raises:
         UsageError: If there is none, or it is for activations of another width.
     """
-    activations = data if isinstance(data, FrozenModelDataModule) else None
+    activations = data if isinstance(data, StreamDataModule) else None
     sae = imported(path, model.hparams.get("k"), activations)
     if sae.d_model != model.d_model:
         raise UsageError(

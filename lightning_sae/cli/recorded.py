@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_sae.checks import UsageError
-from lightning_sae.data import ActivationDataModule, FrozenModelDataModule
+from lightning_sae.data import ActivationDataModule, StreamDataModule
 from lightning_sae.data.provenance import ORDER
 
 __all__ = ["held_out_activations", "recorded_activations", "recorded_settings"]
@@ -59,7 +59,7 @@ def recorded_activations(record: Mapping[str, Any], tokens: int) -> Tensor | Non
         return None
 
 
-def held_out_activations(data: FrozenModelDataModule, tokens: int) -> Tensor:
+def held_out_activations(data: StreamDataModule, tokens: int) -> Tensor:
     """Return the first activations of a validation, `tokens` at most, (tokens, d_model)."""
     found: list[Tensor] = []
     for batch in data.val_dataloader():

@@ -6,7 +6,7 @@ import torch
 
 from lightning_sae.architectures import load
 from lightning_sae.cli.recorded import held_out_activations, recorded_activations
-from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.data import StreamDataModule
 from lightning_sae.interop import is_foreign, load_foreign, unfold
 from lightning_sae.sae import SparseAutoencoder
 
@@ -29,7 +29,7 @@ def trained(path: str, device: str | torch.device = "cpu") -> SparseAutoencoder:
 def imported(
     path: str,
     k: int | None = None,
-    data: FrozenModelDataModule | None = None,
+    data: StreamDataModule | None = None,
     tokens: int = 16_384,
 ) -> SparseAutoencoder:
     """Return the SAE of another library as one of this package's, ready for inference.

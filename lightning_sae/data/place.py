@@ -23,7 +23,7 @@ class KeepsPlace(PlainHyperparameters, pl.LightningDataModule):
 
     noun: ClassVar[str] = "inputs"
     """What messages call the inputs, in the plural."""
-    place: ClassVar[tuple[str, ...]] = ("model_name", "batch_size", "batches_per_block", "seed")
+    place: ClassVar[tuple[str, ...]] = ("batch_size", "batches_per_block", "seed")
     """The attributes, numbers or strings, that decide which inputs a place in the stream means.
 
     Checkpoints note them; who goes on with others is warned or refused. A subclass adds its own.

@@ -41,7 +41,7 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any], resumed: bool, so
     """Refuse a checkpoint of other activations; if a run is resumed, also one of other inputs.
 
     Args:
-        now: The state of a data module, of `FrozenModelDataModule.state_dict`.
+        now: The state of a data module, of `StreamDataModule.state_dict`.
         before: That in the checkpoint. What it does not have is not compared.
         resumed: Whether training is to go on.
         source: What messages call the data.
@@ -61,18 +61,18 @@ def require_same_activations(now: Mapping[str, Any], before: Mapping[str, Any]) 
     """Refuse a checkpoint of another layer, dtype or other weights, where it notes them.
 
     Args:
-        now: What activations are, as `FrozenModel.description` says.
+        now: What activations are, as `StreamDataModule.description` says.
         before: What they were.
 
     Raises:
         UsageError: If they are others.
     """
     for name in ("layer", "model_dtype"):
-        if name in before and now[name] != before[name]:
+        if name in before and name in now and now[name] != before[name]:
             raise UsageError(
                 f"{name}={now[name]!r}: the checkpoint was trained on {before[name]!r}"
             )
-    if "weights" in before and now["weights"] != before["weights"]:
+    if "weights" in before and "weights" in now and now["weights"] != before["weights"]:
         raise UsageError(
             f"model_name={now['model_name']!r} has the weights {now['weights']}: the checkpoint "
             f"was trained on model_name={before['model_name']!r}, which had {before['weights']}"

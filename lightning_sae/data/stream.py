@@ -40,7 +40,8 @@ class HeldOutBatch(TypedDict):
 
     `kept` is the mask of these positions, (inputs, length), and `states` has what was read at all
     positions, (inputs, length, d_model), in the model's dtype. The inputs are there too, under the
-    data module's `input_key`: `input_ids`, (contexts, length), or `image_numbers`, (images);
+    data module's `input_key`: `input_ids`, (contexts, length), `image_numbers`, (images), or
+    `run_numbers`, (runs of stored vectors);
     `first` is the number of the first of them among all that are held out.
     """
 
@@ -50,6 +51,7 @@ class HeldOutBatch(TypedDict):
     first: int
     input_ids: NotRequired[Tensor]
     image_numbers: NotRequired[Tensor]
+    run_numbers: NotRequired[Tensor]
 
 
 class _Block(NamedTuple):
