@@ -1,5 +1,6 @@
 """The command `lightning_sae`: LightningCLI and the few things it needs for SAEs."""
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_sae.callbacks import FiniteWeights, SavePretrained, StopOnSignal
 from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
+from lightning_sae.cli.cache import fill_cache
 from lightning_sae.cli.errors import one_line_errors, refusals
 from lightning_sae.cli.exchange import export_sae, import_sae
 from lightning_sae.cli.from_checkpoint import (
@@ -42,6 +44,11 @@ COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
     {"report": report, "export": export_sae, "import": import_sae}
 )
 """Those that are no methods of the Trainer, and so none of LightningCLI's subcommands."""
+DESCRIPTION: Final = (
+    "Train and evaluate sparse autoencoders on transformer activations. Further commands, with a "
+    f"help of their own: {', '.join([*COMMANDS, 'cache'])}."
+)
+FILLING: Final = (inspect.getdoc(fill_cache) or "").partition("\n\nArgs:")[0]
 SEEDS: Final = 2**32 - 1
 NEEDED: Final = {"fit": "a checkpoint to resume; model.start_from takes any trained SAE"}
 """What a subcommand needs in place of any trained SAE."""
@@ -63,10 +70,12 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(str(Path.cwd()))  # for classes of the user's; `python -m` has it by itself
     given = sys.argv[1:] if args is None else args
     with exit_on_signals(), one_line_errors():
-        if isinstance(given, list) and given and given[0] in COMMANDS:
-            run_function(COMMANDS[given[0]], given[0], given[1:])
+        name, rest = (given[0], given[1:]) if isinstance(given, list) and given else ("", [])
+        if name in COMMANDS:
+            run_function(COMMANDS[name], name, rest)
             return
-        SparseAutoencoderCLI(
+        caching = name == "cache"
+        cli = SparseAutoencoderCLI(
             SparseAutoencoder,
             StreamDataModule,
             subclass_mode_model=True,
@@ -78,13 +87,15 @@ def main(args: ArgsType = None) -> None:
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [FiniteWeights(), StopOnSignal(), SavePretrained()]},
             parser_kwargs={
-                "prog": "lightning_sae",
-                "description": "Train and evaluate sparse autoencoders on transformer activations. "
-                f"Further commands, with a help of their own: {', '.join(COMMANDS)}.",
+                "prog": "lightning_sae cache" if caching else "lightning_sae",
+                "description": FILLING if caching else DESCRIPTION,
                 "version": lightning_sae.__version__,
             },
-            args=args,
+            args=rest if caching else args,
+            run=not caching,
         )
+        if caching:
+            fill_cache(cli.datamodule, cli.trainer)
 
 
 class SparseAutoencoderCLI(LightningCLI):
@@ -121,13 +132,14 @@ class SparseAutoencoderCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse what would be ignored or found out too late."""
         super().parse_arguments(parser, args)
-        config = self.config[self.config.subcommand]
-        if self.config.subcommand != "fit" and not isinstance(args, dict | Namespace):
+        config = self._settings
+        measures = self.config.get("subcommand") not in ("fit", None)
+        if measures and not isinstance(args, dict | Namespace):
             given = sys.argv[1:] if args is None else args
             tokens = with_its_settings(given, config)
             if tokens != list(given):
                 self.config = parser.parse_args(tokens)
-                packaged, config = config, self.config[self.config.subcommand]
+                packaged, config = config, self._settings
                 tell_changes(packaged, config)
         width = config.model.get("init_args", {}).get("d_model")
         if width is not None:
@@ -140,6 +152,11 @@ class SparseAutoencoderCLI(LightningCLI):
                 if isinstance(value, int | float) and value < least:
                     parser.error(f"trainer.{name}={value} must be at least {least}")
 
+    @property
+    def _settings(self) -> Any:
+        """What was parsed: of the subcommand, where there is one."""
+        return self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+
     def _parse_ckpt_path(self) -> None:
         """Keep to the configuration: a checkpoint's hyperparameters must not override it.
 
@@ -148,7 +165,7 @@ class SparseAutoencoderCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Set what nothing that is instantiated sets."""
-        precision = self.config[self.config.subcommand].float32_matmul_precision
+        precision = self._settings.float32_matmul_precision
         torch.set_float32_matmul_precision(precision)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

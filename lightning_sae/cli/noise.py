@@ -10,6 +10,7 @@ def silence_noise() -> None:
     """Turn off messages of Lightning 2.6 that tell a user nothing."""
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
     warnings.filterwarnings("ignore", "The dirpath has changed")  # `test` logs to a new folder
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")  # and so used
     # What is logged at the end of a validation comes from metrics that all ranks have synchronised.
     warnings.filterwarnings("ignore", "It is recommended to use `self.log")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)

@@ -5,111 +5,122 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sae.checks import UsageError
-from lightning_sae.tensor_files import save_tensors
+from lightning_sae.data.shards import Shards
 
-__all__ = ["ActivationCache", "model_fingerprint", "weights_fingerprint"]
+__all__ = ["ActivationCache"]
 
 
 @dataclass(frozen=True)
 class ActivationCache:
     """A reader of activations that remembers on disk what it has read.
 
-    One file per call, named by the inputs it answers for: data, seed, lengths and batch sizes
-    need no further check, and ranks need not agree on anything. A file appears under its name
-    only when complete. Disk needed: tokens x d_model x bytes of the dtype, for each epoch anew.
+    An input is found again by its content: data, seed and lengths need no further check, and ranks
+    need not agree on anything. It is kept once, however often it is read.
+
+    What is returned is what is kept, be it read from the disk or just computed: a run trains the
+    same whether its activations were there or not. Kept in the dtype that they are computed in,
+    they are those of a run without a cache, as long as no input is read twice. From the second time
+    on they are those of the first, where a model that reads it among others would give it others in
+    the last bits.
 
     Args:
         read: Token ids (contexts, length), or images (images, 3, height, width), to activations
             (inputs, length, d_model).
-        folder: Where the files are; whatever else decides the values belongs in its name.
+        shards: Where they are kept; whatever else decides the values belongs in its folder's name.
         device: Where to put activations that come from the disk.
         shape: Returns the shape of what is read of inputs.
         dtype: What the model computes in.
+        kept_dtype: What activations are rounded to. None: they are kept as they are.
+        made_of: Returns what the activations are of, which is written beside them.
     """
 
     read: Callable[[Tensor], Tensor]
-    folder: Path
+    shards: Shards
     device: torch.device
     shape: Callable[[Tensor], tuple[int, ...]]
     dtype: torch.dtype
+    kept_dtype: torch.dtype | None = None
+    made_of: Callable[[], Mapping[str, Any]] = dict
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
         """Return the activations of these inputs, (inputs, length, d_model).
 
+        Args:
+            inputs: Tokens or images.
+            kept: Which of their positions count, (inputs, length); None: all do.
+
         Raises:
-            UsageError: If their file is damaged, holds another shape or type, or cannot be written.
+            UsageError: If a file is damaged, holds another shape or type, or cannot be written, or
+                activations are too large for the type to keep them in.
         """
-        key = inputs.cpu().contiguous()
-        digest = hashlib.sha256(repr(tuple(key.shape)).encode() + key.numpy().tobytes())
-        file = self.folder / f"{digest.hexdigest()}.safetensors"
-        if file.exists():
-            return self._load(file, self.shape(inputs))
-        activations = self.read(inputs)
-        self._save(activations, file)
-        return activations
+        keys = _keys(inputs)
+        found = self.shards.find(keys)
+        shape = self.shape(inputs)
+        self._check(found, shape[1:])
+        if all(each is not None for each in found):
+            return self._as_computed(torch.stack([each for each in found if each is not None]))
+        # All of them, though some were found: what a model gives depends on what it reads with it,
+        # in the last bits.
+        computed = self._rounded(self.read(inputs)).cpu()
+        self.shards.add(keys, computed, self._beside(inputs, kept, shape), self.made_of())
+        rows = [new if old is None else old for new, old in zip(computed, found, strict=True)]
+        return self._as_computed(torch.stack(rows))
 
-    def _load(self, file: Path, shape: tuple[int, ...]) -> Tensor:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def holds(self, inputs: Tensor) -> bool:
+        """Whether the activations of all these inputs are there."""
+        return self.shards.holds(_keys(inputs))
 
-        try:
-            found = load_file(file, device=str(self.device))["activations"]
-        except (SafetensorError, KeyError, OSError) as error:
+    def _rounded(self, activations: Tensor) -> Tensor:
+        if self.kept_dtype is None:
+            return activations
+        largest = float(activations.abs().max())
+        if torch.finfo(self.kept_dtype).max < largest < float("inf"):
             raise UsageError(
-                f"cache_dir: {file} is damaged ({error}); delete it, and it is computed again"
-            ) from error
-        # Some models of sixteen bits keep their residual stream in float32.
-        if found.shape != shape or found.dtype not in {self.dtype, torch.float32}:
-            raise UsageError(
-                f"cache_dir: {file} holds {found.dtype} of shape {tuple(found.shape)} instead of "
-                f"{self.dtype} of shape {shape}; delete it, and it is computed again"
+                f"cache_dtype={str(self.kept_dtype).removeprefix('torch.')!r} holds no more than "
+                f"{torch.finfo(self.kept_dtype).max:g}, and activations reach {largest:g}: "
+                "keep bfloat16 or float32"
             )
-        return found
+        return activations.to(self.kept_dtype)
 
-    def _save(self, activations: Tensor, file: Path) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cache_dir: cannot make '{self.folder}': {error.strerror}") from error
-        try:
-            save_tensors({"activations": activations}, file)
-        except OSError as error:
-            raise UsageError(f"cache_dir: {error}") from error
+    def _as_computed(self, activations: Tensor) -> Tensor:
+        # Rounded as they may be, the model goes on with them when its loss is measured.
+        dtype = activations.dtype if self.kept_dtype is None else self.dtype
+        return activations.to(self.device, dtype)
+
+    def _beside(
+        self, inputs: Tensor, kept: Tensor | None, shape: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        mask = torch.ones(shape[:2], dtype=torch.uint8) if kept is None else kept.cpu().byte()
+        beside = {"kept": mask}
+        if inputs.shape == shape[:2] and not inputs.is_floating_point():
+            beside["input_ids"] = inputs.cpu().int()
+        return beside
+
+    def _check(self, found: list[Tensor | None], shape: tuple[int, ...]) -> None:
+        # Some models of sixteen bits keep their residual stream in float32.
+        dtypes = {self.dtype, torch.float32} if self.kept_dtype is None else {self.kept_dtype}
+        for each in found:
+            if each is not None and (each.shape != shape or each.dtype not in dtypes):
+                raise UsageError(
+                    f"cache_dir: a file in {self.shards.folder} holds {each.dtype} of shape "
+                    f"{tuple(each.shape)} instead of {self.kept_dtype or self.dtype} of shape "
+                    f"{shape}; delete it, and it is computed again"
+                )
 
 
-def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Return what tells these weights from all others, as 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def model_fingerprint(path: str, revision: str) -> str:
-    """Return what tells a model's weights from all others, as 16 hexadecimal digits.
-
-    Args:
-        path: Folder (then its weight files are hashed) or hub id (then the commit counts, which is
-            that of the configuration in the hub's own cache, whatever branch or tag it was got by).
-        revision: Revision asked for.
-    """
-    from huggingface_hub import try_to_load_from_cache  # of transformers' own dependencies
-
-    digest = hashlib.sha256()
-    if Path(path).is_dir():
-        for file in sorted([*Path(path).glob("*.safetensors"), Path(path) / "config.json"]):
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    else:
-        # A file lies in a folder named after its commit: `revision` may be a branch that moves.
-        config = try_to_load_from_cache(path, "config.json", revision=revision)
-        commit = Path(config).parent.name if isinstance(config, str) else revision
-        digest.update(f"{path}@{commit}".encode())
-    return digest.hexdigest()[:16]
+def _keys(inputs: Tensor) -> list[int]:
+    """Return what tells each of the inputs from all others, as 64 bits."""
+    rows = inputs.cpu().contiguous()
+    what = f"{rows.dtype} {tuple(rows.shape[1:])}".encode()
+    return [
+        int.from_bytes(
+            hashlib.blake2b(what + row.numpy().tobytes(), digest_size=8).digest(), signed=True
+        )
+        for row in rows
+    ]

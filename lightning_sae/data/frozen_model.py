@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError, require_at_least
-from lightning_sae.data.cache import ActivationCache, model_fingerprint, weights_fingerprint
+from lightning_sae.data.cache import ActivationCache
+from lightning_sae.data.fingerprints import model_fingerprint, weights_fingerprint
+from lightning_sae.data.shards import Shards
 from lightning_sae.layers import check_layer
 from lightning_sae.quickstart import FOLDER
 from lightning_sae.residual_stream import ResidualStream
@@ -22,9 +24,17 @@ from lightning_sae.residual_stream import ResidualStream
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Dtype", "FrozenModel"]
+__all__ = ["Dtype", "FrozenModel", "Reader"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Reader(Protocol):
+    """Maps inputs to activations, (inputs, length, d_model)."""
+
+    def __call__(self, inputs: Tensor, kept: Tensor | None = None, /) -> Tensor:
+        """Return the activations of inputs, of whose positions those count that are kept."""
+
 
 _LOADING = Lock()
 """Held while a model is loaded: transformers changes what all threads see, and puts it back."""
@@ -59,6 +69,7 @@ class FrozenModel(ABC):
         self._path = str(FOLDER if name == "quickstart" else home)
         self._revision = revision or "main"
         self._stream: ResidualStream | None = None
+        self._shards: dict[Path, Shards] = {}
 
     def __str__(self) -> str:
         return f"model_name={self.name!r}, layer={self.layer}, model_dtype={self.dtype!r}"
@@ -137,25 +148,59 @@ class FrozenModel(ABC):
         return self._stream
 
     def reader(
-        self, device: torch.device, cache_dir: str | None = None
-    ) -> Callable[[Tensor], Tensor]:
+        self,
+        device: torch.device,
+        cache_dir: str | None = None,
+        cache_dtype: Dtype | None = None,
+        cache_limit_gb: float = float("inf"),
+    ) -> Reader:
         """Return what maps inputs to activations on this device, through a cache if asked for.
 
         Args:
             device: Where the model runs, and activations are.
             cache_dir: Folder to keep activations in. None: keep none.
+            cache_dtype: What they are rounded to. None: they are kept as they are.
+            cache_limit_gb: Gigabytes that they may take there.
         """
-        read = partial(self.read, device=device)
         if cache_dir is None:
-            return read
-        folder = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self.fingerprint}"
+            return partial(self._read_only, device=device)
+        return self.cache(device, cache_dir, cache_dtype, cache_limit_gb)
+
+    def cache(
+        self,
+        device: torch.device,
+        cache_dir: str,
+        cache_dtype: Dtype | None = None,
+        cache_limit_gb: float = float("inf"),
+    ) -> ActivationCache:
+        """Return the cache that `reader` reads through; its arguments are the same."""
+        folder = self.cache_folder(cache_dir, cache_dtype)
+        if folder not in self._shards:
+            self._shards[folder] = Shards(folder, cache_limit_gb * 1e9)
         return ActivationCache(
-            read,
-            Path(cache_dir).expanduser() / folder,
+            partial(self.read, device=device),
+            self._shards[folder],
             device,
             shape=lambda inputs: (len(inputs), self.positions(inputs), self.d_model),
             dtype=getattr(torch, self.dtype),
+            kept_dtype=None if cache_dtype is None else getattr(torch, cache_dtype),
+            made_of=lambda: self.description | self.names_elsewhere,
         )
+
+    def cache_folder(self, cache_dir: str, cache_dtype: Dtype | None = None) -> Path:
+        """Return where activations are kept: their model, layer and dtype are in its name."""
+        as_kept = "" if cache_dtype is None else f"-as-{cache_dtype}"
+        name = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self.fingerprint}{as_kept}"
+        return Path(cache_dir).expanduser() / name
+
+    def write_caches(self) -> None:
+        """Write what is to be kept and is in no file yet.
+
+        Raises:
+            UsageError: If it cannot be written.
+        """
+        for shards in self._shards.values():
+            shards.write()
 
     @abstractmethod
     def load(self) -> Any:
@@ -168,6 +213,11 @@ class FrozenModel(ABC):
     @abstractmethod
     def read(self, inputs: Tensor, device: torch.device) -> Tensor:
         """Return the activations of the inputs, (inputs, length, d_model), on this device."""
+
+    def _read_only(
+        self, inputs: Tensor, kept: Tensor | None = None, *, device: torch.device
+    ) -> Tensor:
+        return self.read(inputs, device)
 
     def _config_read(self, saved: PretrainedConfig) -> PretrainedConfig:
         """Return the part of the configuration that is of the transformer to read."""

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast, get_args
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from lightning_sae.checks import require_positive
-from lightning_sae.data.blocks import of_length
-from lightning_sae.data.frozen_model import FrozenModel
+from lightning_sae.checks import (
+    UsageError,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
+from lightning_sae.data.blocks import NumberedInputs, of_length
+from lightning_sae.data.filling import CacheNeeds
+from lightning_sae.data.frozen_model import Dtype, FrozenModel
+from lightning_sae.data.stream import ActivationStream
 from lightning_sae.data.stream_datamodule import StreamDataModule
 from lightning_sae.residual_stream import ResidualStream
 
@@ -40,13 +51,16 @@ class FrozenModelDataModule(StreamDataModule):
         validation_tokens: Positions of held-out inputs to validate on, in whole inputs.
         test_tokens: Positions of held-out inputs to test on: those that come after.
         cache_dir: Folder to keep activations in; runs that need them load no model. None: none.
+        cache_dtype: What they are rounded to, for all that is trained and measured on, whether it
+            was kept before or not: float16 takes half the space of float32. None: as they are.
+        cache_limit_gb: Gigabytes that they may take. A run that would keep more is refused before
+            it begins, where its length is known; any other keeps no more from there on.
         seed: Seed of every choice and shuffle.
 
     Raises:
         UsageError: If an argument is out of its range.
 
     Example:
-        >>> import torch
         >>> from lightning_sae.data import LanguageModel
         >>> class Counting(FrozenModelDataModule):
         ...     positions_per_input = 16
@@ -71,9 +85,14 @@ class FrozenModelDataModule(StreamDataModule):
         validation_tokens: int = 65536,
         test_tokens: int = 65536,
         cache_dir: str | None = None,
+        cache_dtype: Dtype | None = None,
+        cache_limit_gb: float = 100,
         seed: int = 0,
     ) -> None:
         require_positive(model_batch_size=model_batch_size)
+        require_not_negative(cache_limit_gb=cache_limit_gb)
+        if cache_dtype is not None:
+            require_choice(of=get_args(Dtype), cache_dtype=cache_dtype)
         super().__init__(
             batch_size=batch_size,
             batches_per_block=batches_per_block,
@@ -84,6 +103,8 @@ class FrozenModelDataModule(StreamDataModule):
         self.model = model
         self.model_batch_size = model_batch_size
         self.cache_dir = cache_dir
+        self.cache_dtype = cache_dtype
+        self.cache_limit_gb = cache_limit_gb
 
     @property
     @abstractmethod
@@ -97,8 +118,93 @@ class FrozenModelDataModule(StreamDataModule):
         it on to this method. It is called in a thread of its own, with up to `model_batch_size`
         inputs, (inputs, ...), of which each process reads a share.
         """
-        activations = self.model.reader(self._device, self.cache_dir)(inputs)
-        return of_length(activations, self.positions_per_input, self.noun)
+        read = self.model.reader(self._device, *self.cache_settings)
+        kept = self.kept(inputs) if self._reads_inputs_as_they_are else None
+        return of_length(read(inputs, kept), self.positions_per_input, self.noun)
+
+    def train_dataloader(self) -> ActivationStream:
+        """Return the endless stream of `TrainBatch` dictionaries, from where training was left.
+
+        Raises:
+            UsageError: If the devices cannot share a batch equally, or there is no room to keep
+                what is read.
+        """
+        stream = super().train_dataloader()
+        if self.cache_dir is not None:
+            self.cache_needs(self._batches_left())
+        return stream
+
+    def cache_needs(self, batches: int | None) -> CacheNeeds | None:
+        """Return what a run keeps in `cache_dir`; None if nobody knows how much that is.
+
+        Args:
+            batches: Those that it trains on. None: nobody knows how many, so all there are.
+
+        Raises:
+            UsageError: If that is more than `cache_limit_gb`, or than the disk has room for.
+        """
+        inputs = self._train_inputs
+        training = len(cast(NumberedInputs, inputs)) if hasattr(inputs, "__len__") else None
+        if batches is not None:
+            read = math.ceil(batches / self.batches_per_block) * self.inputs_per_block
+            training = read if training is None else min(read, training)
+        if training is None:
+            return None
+        length = self.positions_per_input
+        dtype = self.cache_dtype or self.model.dtype
+        needs = CacheNeeds(
+            training=training,
+            held_out=self.validation_tokens // length + self.test_tokens // length,
+            bytes_per_input=length * self.d_model * getattr(torch, dtype).itemsize,
+            folder=self.model.cache_folder(str(self.cache_dir), self.cache_dtype),
+            noun=self.noun,
+        )
+        needs.require_room(self.cache_limit_gb, may_halve=dtype == "float32")
+        return needs
+
+    def fill_cache(self, batches: int | None = None) -> CacheNeeds:
+        """Keep all that a run reads, with a progress bar; what is there is not computed again.
+
+        Args:
+            batches: Those that the run trains on. None: as many as read everything once.
+
+        Returns:
+            What was asked for; where inputs are the same, or there are fewer, less is kept.
+
+        Raises:
+            UsageError: If data without a length have no number of batches, or there is no room.
+        """
+        needs = self.cache_needs(batches)
+        if needs is None:
+            raise UsageError(f"{self.source} has no length: say of how many steps (max_steps)")
+        loaders = {"validation": self.val_dataloader, "test": self.test_dataloader}
+        held_out = (
+            make().parts() for stage, make in loaders.items() if self._held_out_inputs[stage]
+        )
+        blocks = itertools.islice(
+            StreamDataModule.train_dataloader(self).blocks(0),
+            math.ceil(needs.training / self.inputs_per_block),
+        )
+        training = (block.split(self.inputs_at_once) for block in blocks)
+        cache = self.model.cache(self._device, str(self.cache_dir), *self.cache_settings[1:])
+        with tqdm(total=needs.inputs, desc="Keeping", unit=f" {self.noun}") as bar:
+            try:
+                for part in itertools.chain.from_iterable(itertools.chain(held_out, training)):
+                    if not (self._reads_inputs_as_they_are and cache.holds(part)):
+                        self.read(part)
+                    bar.update(len(part))
+            finally:  # whatever ends it
+                self.model.write_caches()
+        return needs
+
+    def teardown(self, stage: str) -> None:
+        """Write what is to be kept and is in no file yet."""
+        self.model.write_caches()
+
+    @property
+    def cache_settings(self) -> tuple[str | None, Dtype | None, float]:
+        """Where activations are kept, what they are rounded to, and the gigabytes they may take."""
+        return self.cache_dir, self.cache_dtype, self.cache_limit_gb
 
     @property
     def inputs_at_once(self) -> int:
@@ -132,6 +238,11 @@ class FrozenModelDataModule(StreamDataModule):
     def residual_stream(self) -> ResidualStream:
         """The layer of the frozen model, on the trainer's device; loaded at first use."""
         return self.model.residual_stream(self._device)
+
+    @property
+    def _reads_inputs_as_they_are(self) -> bool:
+        # Else what a subclass makes of them is what the model and its cache are given.
+        return type(self).read is FrozenModelDataModule.read
 
     @property
     def _what_is_read(self) -> str:

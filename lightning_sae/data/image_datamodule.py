@@ -53,6 +53,10 @@ class ImageActivationDataModule(FrozenModelDataModule):
         test_tokens: Tokens of held-out images to test on: those that come after.
         cache_dir: Folder to keep activations in; runs that need the same ones then do not
             compute them, nor load the model, though they decode the images. None: keep none.
+        cache_dtype: What they are rounded to, for all that is trained and measured on, whether it
+            was kept before or not: float16 takes half the space of float32. None: as they are.
+        cache_limit_gb: Gigabytes that they may take. A run that would keep more is refused before
+            it begins, where its length is known; any other keeps no more from there on.
         seed: Seed of every choice and shuffle.
 
     Raises:
@@ -89,6 +93,8 @@ class ImageActivationDataModule(FrozenModelDataModule):
         validation_tokens: int = 65536,
         test_tokens: int = 65536,
         cache_dir: str | None = None,
+        cache_dtype: Dtype | None = None,
+        cache_limit_gb: float = 100,
         seed: int = 0,
     ) -> None:
         require_positive(held_out_images=held_out_images)
@@ -100,6 +106,8 @@ class ImageActivationDataModule(FrozenModelDataModule):
             validation_tokens=validation_tokens,
             test_tokens=test_tokens,
             cache_dir=cache_dir,
+            cache_dtype=cache_dtype,
+            cache_limit_gb=cache_limit_gb,
             seed=seed,
         )
         self.save_hyperparameters()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import NamedTuple, NotRequired, TypedDict, cast
@@ -199,6 +199,10 @@ class HeldOutBatches:
         ranks, inputs = self.ranks.size, len(self.inputs)
         return min(math.ceil(inputs / (self.model_batch_size * ranks)), inputs // ranks)
 
+    def parts(self) -> Sequence[Tensor]:
+        """Return the inputs of the batches of all ranks."""
+        return self.inputs.tensor_split(len(self) * self.ranks.size)
+
     def __iter__(self) -> Iterator[HeldOutBatch]:
         """Yield every n-th batch, n the number of ranks.
 
@@ -206,8 +210,7 @@ class HeldOutBatches:
             UsageError: If activations are not finite.
         """
         # Equal numbers of batches, no batch empty: collectives hang when a rank has one less.
-        ranks = self.ranks
-        batches = self.inputs.tensor_split(len(self) * ranks.size)
+        ranks, batches = self.ranks, self.parts()
         firsts = itertools.accumulate((len(inputs) for inputs in batches), initial=0)
         numbered = list(zip(firsts, batches, strict=False))
         for first, inputs in numbered[ranks.index :: ranks.size]:

@@ -124,6 +124,13 @@ class StreamDataModule(KeepsPlace, ABC):
         """Positions of an input that are trained on, at most; a block's size follows from it."""
         return self.positions_per_input
 
+    @property
+    def inputs_per_block(self) -> int:
+        """Inputs whose tokens are shuffled together."""
+        # A quarter of a batch makes up for special tokens; the rest of it is dropped.
+        tokens = (self.batches_per_block + 0.25) * self.batch_size
+        return math.ceil(tokens / self.tokens_per_input)
+
     def kept(self, inputs: Tensor) -> Tensor:
         """Return which positions are trained and measured on; by default all.
 
@@ -157,13 +164,11 @@ class StreamDataModule(KeepsPlace, ABC):
                 f"batch_size={self.batch_size} cannot be shared by {ranks.size} devices"
             )
         _ = self.description  # of which checkpoints take a note, and no later than now
-        tokens = self.tokens_per_input
         blocks = partial(
             endless_blocks,
             self._train_inputs,
-            # A quarter of a batch makes up for special tokens; the rest of it is dropped.
-            size=math.ceil((self.batches_per_block + 0.25) * self.batch_size / tokens),
-            minimum=math.ceil(self.batch_size / tokens),
+            size=self.inputs_per_block,
+            minimum=math.ceil(self.batch_size / self.tokens_per_input),
             seed=self.seed,
             source=self.source,
             noun=self.noun,

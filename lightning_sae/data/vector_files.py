@@ -84,12 +84,17 @@ def require_alike(files: Sequence[VectorFile]) -> None:
         for what, here, there in (
             ("vectors of", file.shape[1:], first.shape[1:]),
             ("vectors in", file.dtype, first.dtype),
-            ("activations of", file.made_of, first.made_of),
+            ("activations of", _decisive(file.made_of), _decisive(first.made_of)),
         ):
             if here != there:
                 raise UsageError(
                     f"'{file.paths[0]}' has {what} {here}, and '{first.paths[0]}' {there}"
                 )
+
+
+def _decisive(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    # Names of a model may differ, as where it lies does.
+    return {name: made_of.get(name) for name in ("weights", "layer", "model_dtype")}
 
 
 def _paths(named: str, called: str) -> list[Path]:

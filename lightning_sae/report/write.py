@@ -63,7 +63,7 @@ def report_of(
     batches = HeldOutBatches(
         inputs=contexts,
         kept=data.kept,
-        read=data.model.reader(sae.device, data.cache_dir),
+        read=data.model.reader(sae.device, *data.cache_settings),
         model_batch_size=data.model_batch_size,
         source=f"{data.model}, {data.noun} of the report",
     )

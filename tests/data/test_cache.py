@@ -1,155 +1,152 @@
-from pathlib import Path
+import json
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_sae.data.cache import ActivationCache, model_fingerprint
+from lightning_sae.checks import UsageError
+from lightning_sae.data.cache import ActivationCache
+from lightning_sae.data.shards import Shards
+from lightning_sae.data.vector_files import METADATA
 
 CPU = torch.device("cpu")
 
 
 class Reader:
-    """Random activations, counted."""
+    """Random activations, counted, each of its own input."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype=torch.float32, scale=1.0):
         self.calls = 0
-        self.dtype = dtype
+        self.dtype, self.scale = dtype, scale
 
-    def __call__(self, input_ids):
+    def __call__(self, inputs):
         self.calls += 1
-        generator = torch.Generator().manual_seed(int(input_ids.sum()))
-        return torch.randn(*input_ids.shape, 5, generator=generator).to(self.dtype)
+        self.last = inputs
+        rows = []
+        for each in inputs:
+            generator = torch.Generator().manual_seed(int(each.sum()))
+            rows.append(torch.randn(*each.shape, 5, generator=generator) * self.scale)
+        return torch.stack(rows).to(self.dtype)
 
 
-def cached(reader, folder):
-    return ActivationCache(reader, folder, CPU, lambda ids: (*ids.shape, 5), reader.dtype)
+def cached(reader, folder, **options):
+    shards = Shards(folder, limit=float("inf"))
+    return ActivationCache(
+        reader, shards, CPU, lambda ids: (*ids.shape, 5), reader.dtype, **options
+    )
 
 
+IDS = torch.arange(6).view(2, 3)
+
+
+@pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_was_read_once_is_not_read_again(tmp_path, dtype):
+def test_what_was_read_once_is_not_read_again(tmp_path, dtype, written):
     reader = Reader(dtype)
-    ids = torch.arange(6).view(2, 3)
-    first = cached(reader, tmp_path / "new" / "folder")(ids)
-    again = cached(reader, tmp_path / "new" / "folder")(ids)
+    cache = cached(reader, tmp_path / "new" / "folder")
+    first = cache(IDS)
+    assert torch.equal(first, Reader(dtype)(IDS))
+    if written:
+        cache.shards.write()
+        cache = cached(reader, tmp_path / "new" / "folder")
+    assert cache.holds(IDS)
+    assert torch.equal(cache(IDS), first)
+    assert torch.equal(cache(IDS.flip(0)), first.flip(0))
+    assert cache(IDS).dtype == dtype
     assert reader.calls == 1
-    assert again.dtype == dtype
-    assert torch.equal(first, again)
-    assert torch.equal(first, Reader(dtype)(ids))
-    (file,) = (tmp_path / "new" / "folder").iterdir()
-    assert torch.equal(load_file(file)["activations"], first)
 
 
-def test_other_tokens_and_shapes_are_other_files(tmp_path):
+def test_inputs_are_found_one_by_one(tmp_path):
+    """And what is new is read together with what was found, as it would be without a cache."""
+    reader = Reader()
+    cache = cached(reader, tmp_path)
+    cache(IDS)
+    both = torch.stack([IDS[1], IDS[1] + 7])
+    assert not cache.holds(both)
+    assert torch.equal(cache(both), Reader()(both))
+    assert torch.equal(reader.last, both)
+    assert len(cache.shards) == 3
+
+
+def test_other_tokens_shapes_and_types_are_other_inputs(tmp_path):
     reader = Reader()
     cache = cached(reader, tmp_path)
     ids = torch.arange(6)
-    for other in (ids.view(2, 3), ids.view(3, 2), ids.flip(0).view(2, 3), ids.view(3, 2).T):
+    a, b = ids.view(2, 3), ids.view(3, 2)
+    for other in (ids.view(1, 6), a, b, ids.flip(0).view(2, 3), b.T, a.int()):
         assert cache(other).shape == (*other.shape, 5)
-    assert reader.calls == 4
-    assert len(list(tmp_path.iterdir())) == 4
+    assert reader.calls == 6
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "long", "garbage", "other"])
-def test_damaged_files(tmp_path, damage):
-    cache = cached(Reader(), tmp_path)
-    ids = torch.arange(6).view(2, 3)
-    whole = cache(ids)
+def test_a_file_says_what_it_holds(tmp_path):
+    cache = cached(Reader(), tmp_path, made_of=lambda: {"layer": 2})
+    kept = torch.tensor([[0, 1, 1], [0, 0, 1]]).bool()
+    whole = cache(IDS, kept)
+    cache.shards.write()
     (file,) = tmp_path.iterdir()
-    content = file.read_bytes()
-    if damage == "other":
-        save_file({"something": whole}, file)
-    else:
-        changed = {
-            "empty": b"",
-            "short": content[:-3],
-            "long": content + b"x",
-            "garbage": b"7" * 99,
-        }
-        file.write_bytes(changed[damage])
-    with pytest.raises(ValueError, match=r"^cache_dir: .* is damaged .*; delete it,") as caught:
-        cache(ids)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    file.unlink()
-    assert torch.equal(cache(ids), whole)
+    found = load_file(file)
+    assert set(found) == {"activations", "kept", "key", "input_ids"}
+    assert torch.equal(found["activations"], whole)
+    assert torch.equal(found["kept"].bool(), kept)
+    assert torch.equal(found["input_ids"], IDS.int())
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()[METADATA]) == {"layer": 2}
+
+
+def test_images_are_no_tokens(tmp_path):
+    images = torch.randn(2, 3, 4)
+    shards = Shards(tmp_path, limit=float("inf"))
+    cache = ActivationCache(lambda x: x[:, :2], shards, CPU, lambda _: (2, 2, 4), torch.float32)
+    cache(images)
+    shards.write()
+    assert set(load_file(next(tmp_path.iterdir()))) == {"activations", "kept", "key"}
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16])
+def test_a_rounded_run_is_the_same_cold_and_warm(tmp_path, kept):
+    reader = Reader()
+    cold = cached(reader, tmp_path, kept_dtype=kept)(IDS)
+    warm = cached(reader, tmp_path, kept_dtype=kept)(IDS)  # the first is gone, and was written
+    assert reader.calls == 1
+    assert cold.dtype == warm.dtype == torch.float32  # as the model goes on with
+    assert torch.equal(cold, warm)
+    assert torch.equal(cold, Reader()(IDS).to(kept).float())
+
+
+def test_what_float16_cannot_hold_is_told_before_anything_is_kept(tmp_path):
+    cache = cached(Reader(scale=1e6), tmp_path, kept_dtype=torch.float16)
+    message = r"^cache_dtype='float16' holds no more than 65504, and activations reach \d.*float32$"
+    with pytest.raises(UsageError, match=message):
+        cache(IDS)
+    assert not list(tmp_path.iterdir())
+    assert cached(Reader(scale=1e6), tmp_path, kept_dtype=torch.bfloat16)(IDS).isfinite().all()
+
+
+def test_a_residual_stream_wider_than_the_model_s_type_is_taken(tmp_path):
+    reader = Reader()
+    shards = Shards(tmp_path, limit=float("inf"))
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = ActivationCache(reader, shards, CPU, lambda ids: (*ids.shape, 5), dtype)
+        assert cache(IDS).dtype == torch.float32
+    assert reader.calls == 1
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: x[:, :2], r"torch.float32 of shape \(2, 2, 5\)"),
-        (lambda x: x[..., :4], r"torch.float32 of shape \(2, 3, 4\)"),
-        (lambda x: x[0, 0, 0], r"torch.float32 of shape \(\)"),
-        (lambda x: x.half(), r"torch.float16 of shape \(2, 3, 5\)"),
-        (lambda x: x.long(), r"torch.int64 of shape \(2, 3, 5\)"),
+        (lambda x: x[:, :2], r"torch.float32 of shape \(2, 5\)"),
+        (lambda x: x[..., :4], r"torch.float32 of shape \(3, 4\)"),
+        (lambda x: x[..., 0], r"torch.float32 of shape \(3,\)"),
+        (lambda x: x.half(), r"torch.float16 of shape \(3, 5\)"),
+        (lambda x: x.long(), r"torch.int64 of shape \(3, 5\)"),
     ],
 )
 def test_a_file_of_another_shape_or_type_is_not_taken(tmp_path, change, told):
-    cache = cached(Reader(), tmp_path)
-    ids = torch.arange(6).view(2, 3)
-    whole = cache(ids)
+    cached(Reader(), tmp_path)(IDS)
     (file,) = tmp_path.iterdir()
-    save_file({"activations": change(whole).contiguous()}, file)
-    expected = rf"^cache_dir: .* holds {told} instead of .*float32 of shape \(2, 3, 5\); delete it,"
-    with pytest.raises(ValueError, match=expected) as caught:
-        cache(ids)
-    assert str(file) in str(caught.value)
-
-
-def test_a_residual_stream_wider_than_the_model_s_type_is_taken(tmp_path):
-    reader = Reader()
-    ids = torch.arange(6).view(2, 3)
-    for dtype in (torch.float32, torch.bfloat16):
-        cache = ActivationCache(reader, tmp_path, CPU, lambda ids: (*ids.shape, 5), dtype)
-        assert cache(ids).dtype == torch.float32
-    assert reader.calls == 1
-
-
-@pytest.mark.parametrize("error", [OSError, SafetensorError])
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, monkeypatch, error):
-    def full(_tensors, file, metadata):
-        file.write_bytes(b"the first part")
-        raise error("No space left on device")
-
-    monkeypatch.setattr("lightning_sae.tensor_files.save_file", full)
-    with pytest.raises(
-        ValueError, match=r"^cache_dir: cannot write '.*': No space left on device$"
-    ):
-        cached(Reader(), tmp_path)(torch.zeros(1, 2).long())
-    assert not list(tmp_path.iterdir())
-
-
-def test_fingerprint_of_a_folder_is_that_of_its_weights(model_folder, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (copy / file).write_bytes((model_folder / file).read_bytes())
-    original = model_fingerprint(str(model_folder), "main")
-    assert len(original) == 16
-    assert model_fingerprint(str(copy), "main") == original
-    weights = load_file(copy / "model.safetensors")
-    next(iter(weights.values())).view(-1)[0] += 1
-    save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    assert model_fingerprint(str(copy), "main") != original
-
-
-def test_fingerprint_of_a_hub_model_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--someone--gpt"
-    for folder in ("refs", "snapshots/abc", "snapshots/def"):
-        (repository / folder).mkdir(parents=True)
-    for commit in ("abc", "def"):
-        (repository / "snapshots" / commit / "config.json").write_text("{}")
-
-    def fingerprint(revision: str, name: str = "someone/gpt") -> str:
-        return model_fingerprint(name, revision)
-
-    (repository / "refs" / "main").write_text("abc")
-    (repository / "refs" / "v2").write_text("abc")
-    first = fingerprint("main")
-    assert fingerprint("v2") == fingerprint("abc") == first
-    (repository / "refs" / "main").write_text("def")  # the branch has moved
-    assert fingerprint("main") == fingerprint("def") != first
-    assert fingerprint("main", "else/gpt") != fingerprint("v3", "else/gpt")  # not there: by name
+    tensors = load_file(file)
+    save_file(tensors | {"activations": change(tensors["activations"]).contiguous()}, file)
+    message = rf"^cache_dir: .* holds {told} instead of .*float32 of shape \(3, 5\); delete it,"
+    with pytest.raises(UsageError, match=message):
+        cached(Reader(), tmp_path)(IDS)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_sae.checks import UsageError
@@ -82,6 +82,7 @@ def test_cached_activations_are_told_apart_by_model_layer_and_dtype(model_folder
         for variant in variants.values():
             model = frozen_model(**variant)
             activations = model.reader(CPU, str(tmp_path / "cache"))(ids)
+            model.write_caches()
             assert torch.equal(activations, model.residual_stream(CPU).read(ids))
     folders = sorted(folder.name for folder in (tmp_path / "cache").iterdir())
     assert len(folders) == 4
@@ -93,13 +94,17 @@ def test_cached_activations_are_told_apart_by_model_layer_and_dtype(model_folder
 def test_a_cached_file_that_the_model_cannot_have_written_is_refused(
     model_folder, tmp_path, changed
 ):
-    read = frozen_model(model_folder).reader(CPU, str(tmp_path))
     ids = torch.zeros(2, 3).long()
-    activations = read(ids)
+    model = frozen_model(model_folder)
+    model.reader(CPU, str(tmp_path))(ids)
+    model.write_caches()
     (file,) = tmp_path.rglob("*.safetensors")
-    save_file({"activations": changed(activations)}, file)
-    with pytest.raises(UsageError, match=rf"^cache_dir: {file} holds .* \(2, 3, {D_MODEL}\);"):
-        read(ids)
+    tensors = load_file(file)
+    save_file(tensors | {"activations": changed(tensors["activations"])}, file)
+    again = frozen_model(model_folder).reader(CPU, str(tmp_path))
+    message = rf"^cache_dir: a file in {file.parent} holds .* \(3, {D_MODEL}\); delete it"
+    with pytest.raises(UsageError, match=message):
+        again(ids)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from collections import Counter
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lightning_sae.data import ActivationDataModule
+from lightning_sae.checks import UsageError
+from lightning_sae.data import ActivationDataModule, StoredActivationsDataModule
 from tests.data.tiny import (
     D_MODEL,
     LENGTH,
@@ -96,12 +98,63 @@ def test_a_second_run_takes_all_activations_from_the_cache(make, tmp_path, monke
     held_out = [b["activations"] for b in plain.val_dataloader()]
     assert same([b["activations"] for b in take(cached, 9)], batches)
     list(cached.val_dataloader())
+    cached.teardown("fit")
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     again = make(cache_dir=str(tmp_path))
     assert same([b["activations"] for b in take(again, 9)], batches)
     assert same([b["activations"] for b in again.val_dataloader()], held_out)
     with pytest.raises(ValueError, match="not callable"):
-        take(again, 20)
+        take(make(cache_dir=str(tmp_path), context_length=8, validation_tokens=64), 1)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_many_epochs_are_kept_once_and_the_same_cold_and_warm(make, tmp_path, monkeypatch, dtype):
+    settings = {"cache_dir": str(tmp_path), "cache_dtype": dtype}
+    cold = [b["activations"] for b in take(make(**settings), 60)]
+    (folder,) = tmp_path.iterdir()
+    kept = sum(len(load_file(file)["key"]) for file in folder.iterdir())
+    assert kept == len(make()._train_inputs) < 60 * 64 / LENGTH
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    assert same([b["activations"] for b in take(make(**settings), 60)], cold)
+
+
+def test_a_filled_cache_needs_no_model_and_is_a_stream_of_its_own(make, tmp_path, monkeypatch):
+    expected = [b["activations"] for b in take(make(), 9)]
+    held_out = [b["activations"] for b in make().val_dataloader()]
+    filled = make(cache_dir=str(tmp_path))
+    needs = filled.fill_cache(9)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    filled.fill_cache(9)  # again: nothing is computed
+    again = make(cache_dir=str(tmp_path))
+    assert same([b["activations"] for b in take(again, 9)], expected)
+    assert same([b["activations"] for b in again.val_dataloader()], held_out)
+    assert needs.folder.parent == tmp_path
+    alone = StoredActivationsDataModule(
+        str(needs.folder), batch_size=64, batches_per_block=4, validation_tokens=4 * LENGTH
+    )
+    noted = make().description.items()
+    assert noted <= alone.description.items()
+    (batch,) = alone.val_dataloader()
+    assert not batch["kept"][:, 0].any()  # where BOS is
+    for file in needs.folder.iterdir():
+        found = load_file(file)
+        assert torch.equal(found["kept"].bool(), make().kept(found["input_ids"]))
+
+
+def test_a_cache_that_would_be_too_large_is_refused_before_it_is_begun(make, tmp_path):
+    large = make(cache_dir=str(tmp_path), cache_limit_gb=1e-5)
+    message = (
+        r"^cache_dir: \d+ contexts take 0.\d+ GB in '.*', more than cache_limit_gb=1e-05: raise"
+    )
+    with pytest.raises(UsageError, match=message):
+        large.train_dataloader()
+    assert not list(tmp_path.iterdir())
+    endless = make(cache_dir=str(tmp_path), cache_limit_gb=1e-5, streaming=True)
+    take(endless, 30)
+    with pytest.warns(UserWarning, match="is reached in .*: no more activations are kept"):
+        endless.teardown("fit")
+    with pytest.raises(UsageError, match=r"^text='.*' has no length: say of how many steps"):
+        endless.fill_cache()
 
 
 def test_d_model_needs_no_weights(make, monkeypatch):
@@ -154,6 +207,8 @@ def test_two_ranks_together_get_what_one_gets(make, model_folder, text_file, tmp
         ({"validation_tokens": 15}, "validation_tokens=15 must be at least 16"),
         ({"test_tokens": 0}, "test_tokens=0 must be at least 16"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"cache_dtype": "int8"}, "cache_dtype='int8' is none of float32, bfloat16, float16"),
+        ({"cache_limit_gb": -1}, "cache_limit_gb=-1 must be a finite number, 0 or more"),
     ],
 )
 def test_arguments_out_of_range(make, changed, message):
