@@ -28,6 +28,7 @@ from lightning_sae.optim.factories import (
 from lightning_sae.optim.whole_steps import WholeSteps
 from lightning_sae.parallel.agreement import average_gradients, start_alike
 from lightning_sae.pretrained import PretrainedAutoencoder
+from lightning_sae.uncompiled import uncompiled
 
 __all__ = ["Encoded", "SparseAutoencoder"]
 
@@ -110,6 +111,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
         """Measure afresh."""
         self._metrics = [collect(self.configure_metrics()).to(self.device)]
 
+    @uncompiled
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Encoded] | None:
         """Update the metrics with a batch of held-out activations; return it as `encoded`."""
         if self.trainer.sanity_checking:  # before the first step there is nothing to measure
@@ -137,6 +139,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
         for name, value in (figures(self._metrics[0]) | self.threshold_statistics()).items():
             self.log(f"{stage}/{name}", value.float())
 
+    @uncompiled
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of activations and log its parts under ``train/``."""
         loss, stats = self.loss(activations_in(batch))
@@ -145,6 +148,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
         self.log("train/tokens", self.history.tokens_seen.float())
         return loss
 
+    @uncompiled
     def predict_step(self, batch: Any, batch_idx: int) -> Matches:
         """Return the matches of a batch of activations."""
         return self.match(activations_in(batch))

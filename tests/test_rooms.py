@@ -26,7 +26,7 @@ ROOMS = (
     ("parallel",),
     (
         *("matches", "numerics", "zipf", "hooks", "layers", "residual_stream"),
-        *("checks", "hyperparameters", "model_card", "tensor_files", "quickstart"),
+        *("checks", "hyperparameters", "model_card", "tensor_files", "uncompiled", "quickstart"),
     ),
 )
 """From the top. What stands in one line may import from each other, but for the ground."""

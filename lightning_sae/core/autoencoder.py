@@ -23,6 +23,7 @@ from lightning_sae.numerics import typed_as, wide
 from lightning_sae.parallel import local
 from lightning_sae.selection import Scores
 from lightning_sae.sparse import EncoderScores
+from lightning_sae.uncompiled import uncompiled
 
 __all__ = ["Autoencoder"]
 
@@ -146,6 +147,7 @@ class Autoencoder(Dictionary, ABC):
 
     # Inference
 
+    @uncompiled
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of activations (..., d_model), in the same shape and dtype.
 
@@ -155,6 +157,7 @@ class Autoencoder(Dictionary, ABC):
         scaled = self.reconstruct(self.match(x.reshape(-1, x.shape[-1]))).view(x.shape)
         return typed_as(scaled / self.scales(x), x)
 
+    @uncompiled
     def encode(self, x: Tensor) -> Tensor:
         """Return the dense codes, shape (..., n_features), of activations (..., d_model).
 
@@ -163,6 +166,7 @@ class Autoencoder(Dictionary, ABC):
         codes = self.match(x.reshape(-1, x.shape[-1])).to_dense()
         return typed_as(codes, x).view(*x.shape[:-1], self.n_features)
 
+    @uncompiled
     def match(self, x: Tensor) -> Matches:
         """Return the matches of activations (tokens, d_model): `encode` without the zeros.
 
@@ -185,6 +189,7 @@ class Autoencoder(Dictionary, ABC):
         self._check_width(x)
         return x[~self._massive(x)]
 
+    @uncompiled
     def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch and the figures worth logging.
 
