@@ -25,6 +25,7 @@ from lightning_sae.optim.factories import (
     in_terms_of,
     optimizer_and_schedule,
 )
+from lightning_sae.optim.learning_rate import train_at
 from lightning_sae.optim.whole_steps import WholeSteps
 from lightning_sae.parallel.agreement import average_gradients, start_alike
 from lightning_sae.pretrained import PretrainedAutoencoder
@@ -76,6 +77,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
         super().__init__(d_model, n_features, **options)
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
+        self._lr: float | None = None
         self._metrics: list[MetricCollection] = []  # in a list: they are no part of the model
         self.save_hyperparameters()
         self.save_hyperparameters(
@@ -89,6 +91,20 @@ class SparseAutoencoder(PretrainedAutoencoder):
                 "max_norm_multiple": self.max_norm_multiple,
             }
         )
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate to begin with in place of the optimizer's own; None: that.
+
+        Set by Lightning's `Tuner.lr_find` and `LearningRateFinder`, or by hand before a run.
+        """
+        return self._lr
+
+    @lr.setter
+    def lr(self, rate: float | None) -> None:
+        self._lr = rate
+        if rate is not None and self._trainer is not None:
+            train_at(rate, self._trainer, self._lr_scheduler)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Return the metrics of a validation or test, by name; extend it to add one's own.
@@ -193,6 +209,8 @@ class SparseAutoencoder(PretrainedAutoencoder):
         """
         with in_terms_of("optimizer", ValueError, RuntimeError):
             optimizer = self._optimizer(self.parameters())
+        for group in optimizer.param_groups if self.lr is not None else ():
+            group["lr"] = self.lr
         if isinstance(optimizer, ChunkedAdam):
             require_all_tokens(self.trainer, devices=len(self.layout.share.sizes))
         self.leave_gradients_in_parts(isinstance(optimizer, ChunkedAdam))

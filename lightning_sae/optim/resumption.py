@@ -21,7 +21,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.optim.factories import in_terms_of
 from lightning_sae.optim.optimizer_state import is_of_torch, require_state_of
 
-__all__ = ["Resumption"]
+__all__ = ["Resumption", "go_on"]
 
 
 class Resumption:
@@ -102,7 +102,7 @@ class Resumption:
             state = states[number] if number < len(states) else {}
             if isinstance(state, dict):  # that of a chain has no place of its own
                 state = {"last_epoch": passed} | state
-            _go_on(config.scheduler, state, most=saved["global_step"] + saved["epoch"])
+            go_on(config.scheduler, state, most=saved["global_step"] + saved["epoch"])
 
     def _only_states(
         self, optimizer: Optimizer, state_dict: dict[str, Any], names: Mapping[Tensor, str]
@@ -117,7 +117,7 @@ class Resumption:
         }
 
 
-def _go_on(schedule: Any, saved: Any, most: int) -> None:
+def go_on(schedule: Any, saved: Any, most: int) -> None:
     """Step a schedule, as it is configured, to the place of a saved one.
 
     Args:
