@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE
 from lightning_sae.hyperparameters import plain
@@ -54,6 +55,31 @@ def test_checkpoints_of_numpy_s_numbers_load(arguments: dict[str, Any], tmp_path
     assert all(found[name] == value for name, value in arguments.items())
     loaded = FeatureChoiceSAE.load_from_checkpoint(path)
     assert (loaded.d_model, loaded.n_features, loaded.k) == (8, 24, 3)
+
+
+class Host(pl.LightningModule):
+    """Somebody's module, with arguments of its own of which some are called as ours."""
+
+    def __init__(self, k: int, importance: str = "theirs") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.sae = MutualChoiceSAE(8, 24, k=2)
+
+
+def test_a_part_of_another_module_notes_its_own_arguments(tmp_path: Path):
+    host = Host(5)
+    assert dict(host.hparams) == {"k": 5, "importance": "theirs"}
+    assert dict(host.sae.hparams) == dict(MutualChoiceSAE(8, 24, k=2).hparams)
+    host.sae.save_pretrained(tmp_path)
+    assert MutualChoiceSAE.from_pretrained(tmp_path).k == 2
+
+
+def test_one_that_is_made_by_somebody_s_command_line_does_too(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["theirs"])
+    arguments = ["--model.k=5", "--trainer.accelerator=cpu"]
+    options = {"save_config_callback": None, "seed_everything_default": 0}
+    made = LightningCLI(Host, args=arguments, run=False, **options).model
+    assert dict(made.sae.hparams) == dict(MutualChoiceSAE(8, 24, k=2).hparams)
 
 
 def test_a_subclass_that_fixes_arguments_is_made_again(tmp_path: Path):
