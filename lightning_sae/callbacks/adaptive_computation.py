@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -47,8 +47,9 @@ class AdaptiveComputationCallback(HeldOutCallback):
     Into TensorBoard go the figures `matches_by_surprise` and `matches_per_token`, drawn from the
     tokens of the first device.
 
-    It needs data as `HeldOutCallback` says, and a module with `match(activations)`, which returns
-    `Matches`, and the mean activation as `input_mean`, (d_model,), as `SparseAutoencoder` has.
+    It needs data as `HeldOutCallback` says, and a module, or a part of it, with
+    `match(activations)`, which returns `Matches`, and the mean activation as `input_mean`,
+    (d_model,), as `SparseAutoencoder` has.
 
     Args:
         tokens: Tokens to measure on, over all devices, in whole contexts; each is run through the
@@ -58,6 +59,8 @@ class AdaptiveComputationCallback(HeldOutCallback):
     Raises:
         ValueError: If `tokens` is not positive.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("match", "input_mean")
 
     def __init__(self, tokens: int = 16_384) -> None:
         super().__init__(tokens)
@@ -69,9 +72,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
         self._drawn = []
         self._correlations = {name: Correlation(process_group=ranks.group) for name in _HARDNESS}
 
-    def measure(
-        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]
-    ) -> None:
+    def measure(self, sae: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]) -> None:
         """Run the language model on a batch and compare its losses with the SAE's matches."""
         input_ids, kept, known = batch["input_ids"], batch["kept"], known_of(batch)
         mask = known.get("attention_mask")
@@ -81,7 +82,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
             scored[:, 1:] &= mask[:, :-1] != 0
         x = batch["activations"][scored[kept]]  # (scored, d_model)
         encoded = batch.get("encoded")
-        codes = pl_module.match(batch["activations"]) if encoded is None else encoded.codes
+        codes = sae.match(batch["activations"]) if encoded is None else encoded.codes
         matches = codes.per_token()[scored[kept]]
         losses = self.remembered(
             lambda: next_token_losses(
@@ -93,10 +94,10 @@ class AdaptiveComputationCallback(HeldOutCallback):
         hardness = {
             "surprise": losses[:, :-1][inner],
             "next_loss": losses[:, 1:][inner],
-            "distance": (x - pl_module.input_mean).norm(dim=1),
+            "distance": (x - sae.input_mean).norm(dim=1),
         }
         for name, each in hardness.items():
-            self._correlations[name].to(pl_module.device).update(matches, each)
+            self._correlations[name].to(x.device).update(matches, each)
         self._drawn.append(torch.stack([matches.float(), hardness["surprise"]]).cpu())
 
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_sae.callbacks.find_sae import find_sae
 from lightning_sae.checks import require_positive
 from lightning_sae.data.batches import activations_in
 from lightning_sae.parallel import ranks_of
@@ -20,8 +21,9 @@ class CalibrateThresholds(Callback):
     tokens, about ten documents, Feature Choice fired 15 % too often on others, and not 1 % by the
     thresholds of training. So this is for validation data of many documents.
 
-    It needs a set number of steps, validation data, and a module with a method
-    `calibrate(activations)`, as architectures with thresholds have; else it does nothing.
+    It needs a set number of steps, validation data whose batches are activations, and an SAE with a
+    method `calibrate(activations)`, as architectures with thresholds have, which may be a part of
+    the module that is trained. An SAE without thresholds is left alone.
 
     Args:
         tokens: Tokens to calibrate on, over all devices, in whole batches, or all if there are
@@ -44,8 +46,10 @@ class CalibrateThresholds(Callback):
         batch_idx: int,
     ) -> None:
         """Calibrate after the last step, and before ModelCheckpoint, which Lightning puts last."""
-        calibrate = getattr(pl_module, "calibrate", None)
-        if calibrate is None or trainer.global_step != trainer.max_steps:
+        if trainer.global_step != trainer.max_steps:
+            return
+        sae = find_sae(pl_module, "match", of=self)
+        if not hasattr(sae, "calibrate"):
             return
         loaders: Any = trainer.val_dataloaders or ()
         x: list[Tensor] = []
@@ -54,4 +58,4 @@ class CalibrateThresholds(Callback):
             if sum(map(len, x)) * ranks_of(trainer).size >= self.tokens:
                 break
         if x:
-            calibrate(torch.cat(x))
+            sae.calibrate(torch.cat(x))

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from lightning_sae.callbacks.drawing import (
     DARK,
@@ -19,6 +21,7 @@ from lightning_sae.callbacks.drawing import (
     tensorboards,
 )
 from lightning_sae.checks import UsageError
+from lightning_sae.metrics import FeatureDensity
 from lightning_sae.parallel import ranks_of
 from lightning_sae.zipf import ZipfFitError, fit_zipf
 
@@ -37,9 +40,8 @@ class FeatureDensityFigures(Callback):
     `log10_density` of the live features that TensorBoard can lay out over time. Other loggers are
     left alone.
 
-    The module needs an attribute `feature_density`, a torchmetrics metric whose `compute()` returns
-    densities, shape (features,), and whose `tokens` counts this rank's tokens, as
-    `SparseAutoencoder` has; any other module is left alone.
+    The densities are those of the module's `feature_density`, as `SparseAutoencoder` has it, or of
+    the first `FeatureDensity` among its metrics that was updated, in a `MetricCollection` too.
     """
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,15 +128,17 @@ def plot_rank_density(density: Tensor, tokens: int) -> Figure:
 
 
 def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-    metric = getattr(pl_module, "feature_density", None)
-    if metric is None:
-        return
+    metrics = _densities(pl_module)
+    if not metrics:
+        name = type(pl_module).__name__
+        rank_zero_warn(f"FeatureDensityFigures draws nothing: {name} has no FeatureDensity metric")
     # Every rank must take part in these two, or the others would wait for it for ever.
-    density = metric.compute()
-    counted = torch.as_tensor(metric.tokens, device=pl_module.device)
-    tokens = int(ranks_of(trainer).all_reduce(counted))
-    if tokens == 0:
+    counts = [torch.as_tensor(metric.tokens, device=pl_module.device) for metric in metrics]
+    totals = [int(ranks_of(trainer).all_reduce(count)) for count in counts]
+    updated = [place for place, total in enumerate(totals) if total > 0]
+    if not updated:
         return
+    density, tokens = metrics[updated[0]].compute(), totals[updated[0]]
     figures = {
         f"{stage}/density_histogram": lambda: plot_density_histogram(density, tokens),
         f"{stage}/density_by_rank": lambda: plot_rank_density(density, tokens),
@@ -143,6 +147,20 @@ def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str)
     logs = density[density > 0].log10()
     for board in tensorboards(trainer) if len(logs) else []:
         board.add_histogram(f"{stage}/log10_density", logs, trainer.global_step, bins=60)
+
+
+def _densities(module: nn.Module) -> list[Metric]:
+    """Return the metrics of densities that a module has, its own before those of its parts."""
+    own = getattr(module, "feature_density", None)
+    if own is not None:
+        return [own]
+    found: list[Metric] = []
+    for part in module.modules():
+        if isinstance(part, MetricCollection):  # which must be asked, for metrics share counts
+            found += part.values(copy_state=False)
+        elif isinstance(part, Metric):
+            found.append(part)
+    return [metric for metric in found if type(metric) is FeatureDensity]  # others derive from it
 
 
 def _live(density: Tensor, tokens: int) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_sae.callbacks.find_sae import find_sae
 from lightning_sae.checks import require_positive
 from lightning_sae.parallel import Ranks, ranks_of
 from lightning_sae.residual_stream import ResidualStream
@@ -30,19 +31,26 @@ class HeldOutCallback(Callback, ABC):
     with `activations`, `input_ids` and `kept`, as `ActivationDataModule` has; with other data it
     does nothing, and says so. An `attention_mask` there tells padding (0) from tokens (1). Which
     contexts these are does not depend on the number of devices where a batch says with `first`
-    which of all contexts is the first of its own.
+    which of all contexts is the first of its own. The SAE may be a part of the module that is
+    trained.
 
     Args:
         tokens: Tokens to measure on, over all devices, counted as the data module counts
             `validation_tokens`. Contexts are measured whole, until there are as many.
 
+    Attributes:
+        needs: Names of what the SAE must have.
+
     Raises:
         ValueError: If `tokens` is not positive.
     """
 
+    needs: ClassVar[tuple[str, ...]]
+
     def __init__(self, tokens: int) -> None:
         require_positive(tokens=tokens)
         self.tokens = tokens
+        self._sae: Any = None
         self._seen = 0  # contexts, by this rank
         self._memory: dict[str, Any] = {}
         self._told = False  # that nothing is measured
@@ -56,13 +64,11 @@ class HeldOutCallback(Callback, ABC):
         """
 
     @abstractmethod
-    def measure(
-        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]
-    ) -> None:
+    def measure(self, sae: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]) -> None:
         """Measure on a batch. Ranks may measure different numbers of them, or none.
 
         Args:
-            pl_module: The dictionary.
+            sae: What has all that it `needs`.
             residual_stream: The language model.
             batch: As the data module made it; and under `encoded` what the module's step has made
                 of it, if it returned an `Encoded` under this name.
@@ -74,11 +80,11 @@ class HeldOutCallback(Callback, ABC):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh."""
-        self._start(trainer)
+        self._start(trainer, pl_module)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh."""
-        self._start(trainer)
+        self._start(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -91,7 +97,7 @@ class HeldOutCallback(Callback, ABC):
     ) -> None:
         """Measure on a batch, unless this is only the check before training."""
         if not trainer.sanity_checking:
-            self._measure(trainer, pl_module, outputs, batch)
+            self._measure(trainer, outputs, batch)
 
     def on_test_batch_end(
         self,
@@ -103,7 +109,7 @@ class HeldOutCallback(Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure on a batch."""
-        self._measure(trainer, pl_module, outputs, batch)
+        self._measure(trainer, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was measured."""
@@ -148,13 +154,14 @@ class HeldOutCallback(Callback, ABC):
         value: T = self._memory[key]
         return value
 
-    def _start(self, trainer: pl.Trainer) -> None:
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = 0
+        self._sae = find_sae(pl_module, *self.needs, of=self)
         self.start(ranks_of(trainer))
 
-    def _measure(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any
-    ) -> None:
+    def _measure(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:
+        if self._sae is None:
+            return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
         of_text = isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()
         if not of_text or residual_stream is None:
@@ -178,7 +185,7 @@ class HeldOutCallback(Callback, ABC):
             encoded = outputs.get("encoded") if isinstance(outputs, Mapping) else None
             if isinstance(encoded, Encoded):
                 batch = {**batch, "encoded": encoded}
-            self.measure(pl_module, residual_stream, _first(missing, batch))
+            self.measure(self._sae, residual_stream, _first(missing, batch))
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Data that is not usable is not usable on any rank, so all ranks log, or none.

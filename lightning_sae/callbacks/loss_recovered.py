@@ -1,7 +1,7 @@
 """What the SAE costs the language model whose activations it was trained on."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,8 +20,8 @@ class LossRecoveredCallback(HeldOutCallback):
     Under `val/` or `test/`, every value of `lightning_sae.metrics.LossRecovered`:
     `loss_recovered_mean`, `loss_recovered_zero`, `delta_ce`, `kl` and the losses behind them.
 
-    It needs data as `HeldOutCallback` says, and a module with the mean activation as `input_mean`,
-    (d_model,), as `SparseAutoencoder` has.
+    It needs data as `HeldOutCallback` says, and a module, or a part of it, with the mean activation
+    as `input_mean`, (d_model,), as `SparseAutoencoder` has.
 
     Args:
         tokens: Tokens to measure on, over all devices, in whole contexts. Each is run through the
@@ -32,6 +32,8 @@ class LossRecoveredCallback(HeldOutCallback):
         ValueError: If `tokens` is not positive.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("input_mean",)
+
     def __init__(self, tokens: int = 65_536) -> None:
         super().__init__(tokens)
         self._metric = LossRecovered()
@@ -40,11 +42,9 @@ class LossRecoveredCallback(HeldOutCallback):
         """Forget what was measured."""
         self._metric = LossRecovered(process_group=ranks.group)
 
-    def measure(
-        self, pl_module: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]
-    ) -> None:
+    def measure(self, sae: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]) -> None:
         """Run the language model on a batch, as it is, spliced and ablated."""
-        ids, kept, mean = batch["input_ids"], batch["kept"], pl_module.input_mean
+        ids, kept, mean = batch["input_ids"], batch["kept"], sae.input_mean
         known = known_of(batch)
         ablated = self.remembered(
             lambda: ablated_losses(residual_stream, ids, kept, mean, **known),
@@ -56,9 +56,9 @@ class LossRecoveredCallback(HeldOutCallback):
             # A step may have encoded padding too, or what is not the residual stream as it is.
             if encoded is not None and torch.equal(x, batch["activations"].to(x)):
                 return cast(Tensor, encoded.reconstruction)
-            return cast(Tensor, pl_module(x))
+            return cast(Tensor, sae(x))
 
-        self._metric.to(pl_module.device).update(
+        self._metric.to(mean.device).update(
             residual_stream, ids, reconstruct, kept, mean, ablated=ablated, **known
         )
 

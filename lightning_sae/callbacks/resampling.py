@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from lightning_sae.callbacks.find_sae import find_sae
 from lightning_sae.callbacks.weighted_sample import WeightedSample
 from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.data.batches import activations_in
@@ -74,58 +75,62 @@ class ResampleDeadFeatures(Callback):
         self.times = times
         self.sample_tokens = sample_tokens
         self._sample = WeightedSample()
+        self._sae: Any = None
         self._step = self._tokens = 0  # when the optimizer stepped last
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that the module can be resampled.
+        """Check that there is an SAE, and that it can be resampled.
 
         Raises:
-            TypeError: If it is no SparseAutoencoder.
-            ValueError: If it keeps something of each feature that would be the old feature's.
+            UsageError: If it keeps something of each feature that would be the old feature's.
         """
-        if not isinstance(pl_module, SparseAutoencoder):
-            name = type(pl_module).__name__
-            raise TypeError(f"ResampleDeadFeatures needs a SparseAutoencoder, not {name}")
-        rows = (pl_module.n_features,)
+        self._sae = sae = find_sae(pl_module, "history", "decoder", "ordinary", of=self)
+        if sae is None:
+            return
+        rows = (sae.n_features,)
         stale = [
             name
-            for name, value in pl_module.state_dict().items()
+            for name, value in sae.state_dict().items()
             if value.shape[:1] == rows and name not in _OF_FEATURES | _OF_DIMENSIONS
         ]
         if stale:
             raise UsageError(
-                f"ResampleDeadFeatures cannot be used with {type(pl_module).__name__}, which keeps "
+                f"ResampleDeadFeatures cannot be used with {type(sae).__name__}, which keeps "
                 f"{', '.join(stale)} of each feature: remove it from trainer.callbacks"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Take up where the module stands."""
-        self._step, self._tokens = trainer.global_step, int(pl_module.tokens_seen)
+        if self._sae is not None:
+            self._step, self._tokens = trainer.global_step, int(self._sae.tokens_seen)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw inputs from the batch, or resample, when it is time to."""
-        every = self.every_tokens or 2 * pl_module.history.dead_after_tokens
+        sae = self._sae
+        if sae is None:
+            return
+        every = self.every_tokens or 2 * sae.history.dead_after_tokens
         due = (self._tokens // every + 1) * every
         if due > self.times * every:
             return
-        tokens = int(pl_module.tokens_seen)
+        tokens = int(sae.tokens_seen)
         if tokens > due - self.sample_tokens:
-            self._draw(pl_module, activations_in(batch), ranks_of(trainer))
+            self._draw(sae, activations_in(batch), ranks_of(trainer))
         if trainer.global_step == self._step:
             return  # gradients are being accumulated, and belong to the features as they are
         self._step, self._tokens = trainer.global_step, tokens
         if tokens >= due:
-            dead = pl_module.history.dead().nonzero().squeeze(1)
+            dead = sae.history.dead().nonzero().squeeze(1)
             inputs = self._sample.rows[: len(dead)]
-            renew(pl_module, dead[: len(inputs)], inputs, trainer.optimizers)
+            renew(sae, dead[: len(inputs)], inputs, trainer.optimizers)
             self._sample = WeightedSample()
             rank_zero_info(f"{tokens} tokens: {len(inputs)} of {len(dead)} dead features resampled")
 
     @torch.no_grad()
     def _draw(self, module: SparseAutoencoder, x: Tensor, ranks: Ranks) -> None:
-        x = module.ordinary(x.reshape(-1, module.d_model))
+        x = module.ordinary(x.reshape(-1, x.shape[-1]))
         scaled = module.scaled(x)
         error = scaled - module.reconstruct(module.match(x))
         self._sample.add(

@@ -59,7 +59,13 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         """Write the matches of one batch."""
         if not ranks_of(trainer).is_first_with_its_tokens:
             return
-        matches: Matches = outputs
+        if not isinstance(outputs, Matches):
+            name, found = type(pl_module).__name__, type(outputs).__name__
+            raise UsageError(
+                f"WriteMatches writes the Matches that predict_step returns, as `sae.match(x)` "
+                f"gives them: that of {name} returns {found}"
+            )
+        matches = outputs
         tensors = {"token": matches.token, "feature": matches.feature, "value": matches.value}
         if isinstance(batch, Mapping):
             what_was_read = ("input_ids", "image_numbers", "run_numbers", "kept")

@@ -77,13 +77,15 @@ def test_other_loggers_are_left_alone(tmp_path, logger):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_a_module_without_densities_is_left_alone(tmp_path):
+def test_a_module_without_densities_is_told_so(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="")
     module = FakeSAE()
     del module.feature_density
     module.validation_step = lambda batch: None
     module.on_validation_epoch_end = lambda: None
-    trainer(tmp_path, FeatureDensityFigures(), logger=logger).fit(module, tensors(), tensors())
+    run = trainer(tmp_path, FeatureDensityFigures(), logger=logger)
+    with pytest.warns(UserWarning, match=r"draws nothing: FakeSAE has no FeatureDensity metric$"):
+        run.fit(module, tensors(), tensors())
     assert events(logger).Tags()["images"] == []
 
 

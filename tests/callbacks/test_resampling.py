@@ -211,6 +211,7 @@ def train_on(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     sae = sae_with_dead_features()
     optimizer = Adam(sae.parameters())
     resample = ResampleDeadFeatures(times=1, sample_tokens=3 * TOKENS)
+    resample.setup(None, sae, "fit")
     for step in range(8):
         x = batch(step).chunk(ranks)[rank]
         optimizer.zero_grad()
@@ -241,6 +242,7 @@ def test_defaults_are_the_source_s(tmp_path, monkeypatch):
     resample, sae = ResampleDeadFeatures(), StandardSAE(D_MODEL, N_FEATURES)
     assert sae.history.dead_after_tokens == 12_500 * 8_192
     assert (resample.times, resample.sample_tokens) == (4, 100 * 8_192)
+    resample.setup(None, sae, "fit")
     calls = []
     monkeypatch.setattr(resample, "_draw", lambda *_: None)
     monkeypatch.setattr(
@@ -259,8 +261,10 @@ def test_what_it_cannot_do_is_refused_in_one_line(tmp_path):
     features = FeatureChoiceSAE(D_MODEL, N_FEATURES, 3)
     with pytest.raises(ValueError, match="cannot be used with FeatureChoiceSAE, which keeps thr"):
         trainer(tmp_path, ResampleDeadFeatures()).fit(features, batches(1))
-    with pytest.raises(TypeError, match="needs a SparseAutoencoder, not FakeSAE"):
-        trainer(tmp_path, ResampleDeadFeatures()).fit(FakeSAE(), batches(1))
+    with pytest.warns(
+        UserWarning, match=r"^ResampleDeadFeatures does nothing: neither FakeSAE nor"
+    ):
+        ResampleDeadFeatures().setup(None, FakeSAE(), "fit")
     square = StandardSAE(D_MODEL, D_MODEL)  # other rows of the same number are no features
     ResampleDeadFeatures().setup(None, square, "fit")
     for arguments in ({"every_tokens": 0}, {"times": 0}, {"sample_tokens": -1}):

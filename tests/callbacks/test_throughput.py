@@ -67,12 +67,14 @@ def test_real_clock(tmp_path):
     assert 0 < run.callback_metrics["train/tokens_per_second"] < 1e7
 
 
-def test_a_module_that_counts_no_tokens_is_left_alone(tmp_path):
+def test_a_module_that_counts_no_tokens_is_told_so(tmp_path):
     module = FakeSAE()
     del module.tokens_seen
     module.training_step = lambda batch: module.encoder(batch).square().mean()
     run = trainer(tmp_path, TokensPerSecond(), log_every_n_steps=1)
-    run.fit(module, tensors(), tensors(1))
+    told = "^TokensPerSecond does nothing: neither FakeSAE nor a part of it has tokens_seen$"
+    with pytest.warns(UserWarning, match=told):
+        run.fit(module, tensors(), tensors(1))
     assert run.callback_metrics == {}
 
 
