@@ -44,8 +44,8 @@ class AdaptiveComputationCallback(HeldOutCallback):
     Nothing is logged where every token has the same number of matches, as in TopK. Measured are
     tokens that have both losses, so neither the first nor the last of a context, nor padding.
 
-    Into TensorBoard go the figures `matches_by_surprise` and `matches_per_token`, drawn from the
-    tokens of the first device.
+    Into loggers, as with `FeatureDensityFigures`, go the figures `matches_by_surprise` and
+    `matches_per_token`, drawn from the tokens of the first device.
 
     It needs data as `HeldOutCallback` says, and a module, or a part of it, with
     `match(activations)`, which returns `Matches`, and the mean activation as `input_mean`,

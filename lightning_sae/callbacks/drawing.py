@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,17 +52,57 @@ def tensorboards(trainer: pl.Trainer) -> list[Any]:
 
 
 def add_figures(trainer: pl.Trainer, figures: Mapping[str, Callable[[], Figure]]) -> None:
-    """Draw figures into the trainer's TensorBoard loggers, and keep nothing of them in memory.
+    """Draw figures into the trainer's loggers, and keep nothing of them in memory.
+
+    Those of TensorBoard, Weights & Biases and MLflow show them; beside the CSV of a `CSVLogger`
+    they are files, `images/<name>-<step>.png`. Others are left alone.
 
     Args:
         trainer: Its loggers, and its step.
-        figures: What makes each one, called only if there is a TensorBoard, by its name there.
+        figures: What makes each one, called only if there is such a logger, by its name there.
     """
-    boards = tensorboards(trainer)
-    for board in boards:
-        for name, make in figures.items():
-            board.add_figure(name, make(), trainer.global_step)
-    if boards:
-        # A figure's thousands of parts refer to each other, so only this frees it and its pixels,
-        # several MB. By itself it is done once in some twenty validations.
-        gc.collect()
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    drawing = [draw for draw in map(_drawing_into, loggers) if draw is not None]
+    if not drawing:
+        return
+    for name, make in figures.items():
+        _draw(drawing, name, make, trainer.global_step)
+    # A figure's thousands of parts refer to each other, so only this frees it and its pixels,
+    # several MB. By itself it is done once in some twenty validations.
+    gc.collect()
+
+
+Draw = Callable[[str, Any, int], object]
+"""Shows a figure, given its name and the step."""
+
+
+def _draw(drawing: list[Draw], name: str, make: Callable[[], Figure], step: int) -> None:
+    figure = make()
+    for draw in drawing:
+        draw(name, figure, step)
+
+
+def _drawing_into(logger: Logger) -> Draw | None:
+    """Return what draws into a logger; None if we do not know."""
+    if isinstance(logger, TensorBoardLogger):
+        board: Any = logger.experiment
+        return lambda name, figure, step: board.add_figure(name, figure, step)
+    if isinstance(logger, WandbLogger):
+        return lambda name, figure, step: logger.log_image(name, [figure], step)
+    if isinstance(logger, MLFlowLogger):
+        client, run_id = logger.experiment, logger.run_id
+        return lambda name, figure, step: client.log_figure(run_id, figure, _file(name, step))
+    if isinstance(logger, CSVLogger):
+        return lambda name, figure, step: _write(figure, f"{logger.log_dir}/{_file(name, step)}")
+    return None
+
+
+def _file(name: str, step: int) -> str:
+    return f"images/{name}-{step:07d}.png"
+
+
+def _write(figure: Figure, path: str) -> None:
+    files = get_filesystem(path)  # as the logger finds that of its CSV
+    files.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with files.open(path, "wb") as file:
+        figure.savefig(file, format="png")

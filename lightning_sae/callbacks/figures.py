@@ -1,4 +1,4 @@
-"""Pictures of how often features fire, for TensorBoard and for notebooks."""
+"""Pictures of how often features fire, for loggers and for notebooks."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _MOST_POINTS = 10_000  # of a curve; millions of features would look the same, o
 
 
 class FeatureDensityFigures(Callback):
-    """Draws feature densities into TensorBoard at the end of every validation and test.
+    """Draws feature densities into loggers at the end of every validation and test.
 
-    Under `val/` or `test/`: the figures `density_histogram` and `density_by_rank`, and a histogram
-    `log10_density` of the live features that TensorBoard can lay out over time. Other loggers are
-    left alone.
+    Under `val/` or `test/`: the figures `density_histogram` and `density_by_rank`, into
+    TensorBoard, Weights & Biases, MLflow, or a folder `images` beside the CSV of a `CSVLogger`; and
+    a histogram `log10_density` of the live features that TensorBoard can lay out over time.
 
     The densities are those of the module's `feature_density`, as `SparseAutoencoder` has it, or of
     the first `FeatureDensity` among its metrics that was updated, in a `MetricCollection` too.

@@ -1,9 +1,13 @@
 import gc
+import io
 import sys
 import weakref
 from types import SimpleNamespace
 
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sae.callbacks.drawing import add_figures, empty_figure, tensorboards
 
@@ -17,7 +21,7 @@ def test_a_figure_says_what_it_shows_and_on_what_and_belongs_to_no_window():
     assert pyplot is None or pyplot.get_fignums() == []
 
 
-def test_figures_go_to_tensorboard_alone_and_from_the_first_rank_alone(tmp_path):
+def test_tensorboards_are_found_on_the_first_rank_alone(tmp_path):
     boards = [TensorBoardLogger(tmp_path, name=name) for name in ("a", "b")]
     loggers = [boards[0], CSVLogger(tmp_path), boards[1]]
     found = tensorboards(SimpleNamespace(is_global_zero=True, loggers=loggers))
@@ -45,6 +49,53 @@ def test_nothing_is_kept_of_a_figure_that_was_drawn(tmp_path):
     assert len(drawn) == 0
 
 
-def test_nothing_is_drawn_without_a_tensorboard(tmp_path):
-    trainer = SimpleNamespace(is_global_zero=True, loggers=[CSVLogger(tmp_path)], global_step=3)
-    add_figures(trainer, {"one": lambda: 1 / 0})
+class Experiment:
+    """What a logger of another's writes to, as wandb's run and mlflow's client are called."""
+
+    def __init__(self):
+        self.seen = []
+
+    def log(self, values):  # wandb.Run
+        self.seen.append(values)
+
+    def log_figure(self, run_id, figure, artifact_file):  # MlflowClient
+        figure.savefig(io.BytesIO())
+        self.seen.append((run_id, artifact_file))
+
+
+def test_every_logger_gets_its_figures_in_its_own_way(tmp_path, monkeypatch):
+    """Neither wandb nor mlflow is needed to develop this: what is called is what they document."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda figure: type(figure)))
+    wandb, mlflow = WandbLogger.__new__(WandbLogger), MLFlowLogger.__new__(MLFlowLogger)
+    wandb._prefix, wandb._wandb_init = "", {}
+    monkeypatch.setattr(WandbLogger, "experiment", Experiment())
+    monkeypatch.setattr(MLFlowLogger, "experiment", Experiment())
+    monkeypatch.setattr(MLFlowLogger, "run_id", "run")
+    board, table = TensorBoardLogger(tmp_path), CSVLogger(tmp_path, name="", version="table")
+    loggers = [wandb, mlflow, table, DummyLogger(), board]
+    trainer = SimpleNamespace(is_global_zero=True, loggers=loggers, global_step=30)
+    made = []
+
+    def draw():
+        figure, axes = empty_figure("Densities", "1,000 tokens")
+        axes.plot([1, 2])
+        made.append(type(figure))
+        return figure
+
+    add_figures(trainer, {"val/one": draw})
+    assert len(made) == 1
+    assert wandb.experiment.seen == [{"val/one": made, "trainer/global_step": 30}]
+    assert mlflow.experiment.seen == [("run", "images/val/one-0000030.png")]
+    image = Image.open(tmp_path / "table/images/val/one-0000030.png")
+    assert image.size == (700, 450)
+    assert len(image.getcolors(2**24)) > 10  # not blank
+    board.experiment.flush()
+    events = EventAccumulator(board.log_dir).Reload()
+    assert [each.step for each in events.Images("val/one")] == [30]
+
+
+def test_nothing_is_drawn_where_nobody_would_see_it(tmp_path):
+    dont = {"one": lambda: 1 / 0}
+    for is_global_zero, logger in ((True, DummyLogger()), (False, CSVLogger(tmp_path))):
+        options = {"is_global_zero": is_global_zero, "loggers": [logger], "global_step": 3}
+        add_figures(SimpleNamespace(**options), dont)

@@ -69,12 +69,14 @@ def test_tensorboard_receives_both_figures_and_the_histogram(tmp_path):
     assert len(histogram.bucket) > 10
 
 
-@pytest.mark.parametrize("logger", ["csv", None])
-def test_other_loggers_are_left_alone(tmp_path, logger):
-    logger = CSVLogger(tmp_path) if logger == "csv" else False
+@pytest.mark.parametrize("with_csv", [True, False])
+def test_beside_a_csv_figures_are_files(tmp_path, with_csv):
+    logger = CSVLogger(tmp_path, name="") if with_csv else False
     run = trainer(tmp_path, FeatureDensityFigures(), logger=logger)
     run.fit(FakeSAE(), tensors(), tensors())
-    assert not list(tmp_path.rglob("*.png"))
+    names = ["density_by_rank-0000004.png", "density_histogram-0000004.png"] if with_csv else []
+    folder = tmp_path / "version_0/images/val"
+    assert sorted(tmp_path.rglob("*.png")) == [folder / name for name in names]
 
 
 def test_a_module_without_densities_is_told_so(tmp_path):
