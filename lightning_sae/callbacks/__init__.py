@@ -12,6 +12,7 @@ from lightning_sae.callbacks.figures import (
     plot_rank_density,
 )
 from lightning_sae.callbacks.finite_weights import FiniteWeights
+from lightning_sae.callbacks.hparams_tab import HParamsTab
 from lightning_sae.callbacks.loss_recovered import LossRecoveredCallback
 from lightning_sae.callbacks.resampling import ResampleDeadFeatures
 from lightning_sae.callbacks.results_table import ResultsTable
@@ -25,6 +26,7 @@ __all__ = [
     "CalibrateThresholds",
     "FeatureDensityFigures",
     "FiniteWeights",
+    "HParamsTab",
     "LossRecoveredCallback",
     "ResampleDeadFeatures",
     "ResultsTable",

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 import lightning_sae
 from lightning_sae import SparseAutoencoder
-from lightning_sae.callbacks import FiniteWeights, SavePretrained, StopOnSignal
+from lightning_sae.callbacks import FiniteWeights, HParamsTab, SavePretrained, StopOnSignal
 from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
@@ -85,7 +85,9 @@ def main(args: ArgsType = None) -> None:
             # Else checkpoints name code to make the module with, which no one may run.
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [FiniteWeights(), StopOnSignal(), SavePretrained()]},
+            trainer_defaults={
+                "callbacks": [FiniteWeights(), StopOnSignal(), SavePretrained(), HParamsTab()]
+            },
             parser_kwargs={
                 "prog": "lightning_sae cache" if caching else "lightning_sae",
                 "description": FILLING if caching else DESCRIPTION,

@@ -102,6 +102,7 @@ def test_the_curves_are_there(tmp_path: Path):
     assert {"val/density_histogram", "val/density_by_rank"} <= set(events.Tags()["images"])
     steps = [event.step for event in events.Scalars("val/fvu")]
     assert steps == [1, 3]  # Lightning counts from zero
+    assert "_hparams_/session_start_info" in events.summary_metadata  # fills the tab HPARAMS
     assert [event.value for event in events.Scalars("train/tokens")] == [512, 1024, 1536, 2048]
 
 
