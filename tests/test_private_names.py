@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchmetrics
 from huggingface_hub import ModelHubMixin
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -129,6 +129,14 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
     "_foreach_zero_": [
         # How `zero_grad(set_to_none=False)` of an optimizer clears them.
         ("torch.ops.aten", lambda: torch.ops.aten._foreach_zero_([PIECE]), None),
+    ],
+    "_get_train_description": [
+        # Overridden to say what is counted.
+        (
+            "RichProgressBar",
+            lambda: parameters(RichProgressBar._get_train_description),
+            ["self", "current_epoch"],
+        ),
     ],
     "_instantiator": [
         # An argument that makes `load_from_checkpoint` call whatever function it names.

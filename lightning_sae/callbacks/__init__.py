@@ -17,6 +17,7 @@ from lightning_sae.callbacks.loss_recovered import LossRecoveredCallback
 from lightning_sae.callbacks.resampling import ResampleDeadFeatures
 from lightning_sae.callbacks.results_table import ResultsTable
 from lightning_sae.callbacks.save_pretrained import SavePretrained
+from lightning_sae.callbacks.steps_bar import RichStepsBar, TQDMStepsBar
 from lightning_sae.callbacks.stop_on_signal import StopOnSignal
 from lightning_sae.callbacks.throughput import TokensPerSecond
 from lightning_sae.callbacks.write_matches import WriteMatches
@@ -30,8 +31,10 @@ __all__ = [
     "LossRecoveredCallback",
     "ResampleDeadFeatures",
     "ResultsTable",
+    "RichStepsBar",
     "SavePretrained",
     "StopOnSignal",
+    "TQDMStepsBar",
     "TokensPerSecond",
     "WriteMatches",
     "plot_density_histogram",

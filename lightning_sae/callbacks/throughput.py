@@ -48,7 +48,7 @@ class TokensPerSecond(Callback):
         tokens, seconds = self._tokens, self._time
         self._start(trainer)
         rate = (self._tokens - tokens) / (self._time - seconds)
-        pl_module.log("train/tokens_per_second", rate)
+        pl_module.log("train/tokens_per_second", rate, prog_bar=True)
 
     def _start(self, trainer: pl.Trainer) -> None:
         self._step = trainer.global_step

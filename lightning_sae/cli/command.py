@@ -1,6 +1,7 @@
 """The command `lightning_sae`: LightningCLI and the few things it needs for SAEs."""
 
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.cache import fill_cache
+from lightning_sae.cli.console import show_steps
 from lightning_sae.cli.errors import one_line_errors, refusals
 from lightning_sae.cli.exchange import export_sae, import_sae
 from lightning_sae.cli.from_checkpoint import (
@@ -178,6 +180,8 @@ class SparseAutoencoderCLI(LightningCLI):
         """
         with refusals(ValueError, TypeError, RuntimeError, ImportError):
             trainer = super().instantiate_trainer(**kwargs)
+        callbacks = self.config[self.config.subcommand].trainer.callbacks or []
+        show_steps(trainer, {pkgutil.resolve_name(each.class_path) for each in callbacks})
         # Private of Lightning's Strategy, whose public property cannot tell that none was named.
         if trainer.strategy._checkpoint_io is None:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

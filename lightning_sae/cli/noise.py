@@ -2,8 +2,14 @@
 
 import logging
 import warnings
+from typing import Final
+
+from transformers.utils.logging import disable_progress_bar
 
 __all__ = ["silence_noise"]
+
+NO_NEWS: Final = ("litlogger", "litmodels", "TPU available")
+"""Words of advertisements, and of what nobody asked for."""
 
 
 def silence_noise() -> None:
@@ -13,8 +19,9 @@ def silence_noise() -> None:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")  # and so used
     # What is logged at the end of a validation comes from metrics that all ranks have synchronised.
     warnings.filterwarnings("ignore", "It is recommended to use `self.log")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(name in record.getMessage() for name in NO_NEWS)

@@ -55,7 +55,7 @@ def test_rate_is_of_the_window_and_without_validation(tmp_path, clock, validate)
 
 def test_accumulated_batches_count_and_log_once(tmp_path, clock, monkeypatch):
     calls = []
-    monkeypatch.setattr(Timed, "log", lambda self, *args: calls.append(args))
+    monkeypatch.setattr(Timed, "log", lambda self, *args, **_: calls.append(args))
     run = trainer(tmp_path, TokensPerSecond(), log_every_n_steps=2, accumulate_grad_batches=3)
     run.fit(Timed(clock), tensors(12), tensors(1))
     assert calls == [("train/tokens_per_second", 2 * TOKENS)] * 2

@@ -31,5 +31,6 @@ def test_other_messages_are_shown(quiet: logging.Logger, caplog: pytest.LogCaptu
         quiet.addHandler(caplog.handler)
         quiet.info("Tip: try installing litlogger")
         quiet.info("GPU available: False")
+        quiet.info("TPU available: False, using: 0 TPU cores")
         quiet.removeHandler(caplog.handler)
     assert set(caplog.messages) == {"GPU available: False"}
