@@ -1,11 +1,10 @@
 """The parser of the command line: configurations by name, and mistakes in one line."""
 
-import difflib
 import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, Final, NoReturn, TypeVar, cast
+from weakref import WeakSet
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_sae
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, refusals
+from lightning_sae.cli.nearest import meant, with_nearest_class, with_nearest_key
 
 __all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config", "run_function"]
 
@@ -25,6 +25,12 @@ class Parser(LightningArgumentParser):
 
     reading = ""
     """The configuration that is being read, and so has the mistake."""
+    made: ClassVar[WeakSet["Parser"]] = WeakSet()
+    """All that there are: an argument that no subcommand knows is told of by their parent."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.made.add(self)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what of the message is about the user's input, and exit with 2.
@@ -34,7 +40,8 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"{one_line(self.reading + message)}\n")
+        told = with_nearest_class(one_line(self.reading + message))
+        self.exit(2, f"{with_nearest_key(told, self.made)}\n")
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what does not fit, and say which key a wrong one may be meant for.
@@ -46,7 +53,8 @@ class Parser(LightningArgumentParser):
         try:
             super().validate(*args, **kwargs)
         except KeyError as error:
-            error.args = (_with_nearest(str(error), getattr(error, "subcommand_parser", self)),)
+            parser = getattr(error, "subcommand_parser", self)
+            error.args = (with_nearest_key(str(error), [parser]),)
             raise
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Namespace:
@@ -98,21 +106,21 @@ class ConfigFile(ActionConfigFile):
     ) -> None:
         """Parse the file and add its keys to `cfg`."""
         parser.reading = f"config={values}\n"
+        path = find_config(values)
+        near = "" if Path(path).is_file() else meant(values, _packaged())
+        if near:
+            parser.error(f"there is no such file{near}")
         try:
-            self.apply_config(parser, cfg, self.dest, find_config(values))
+            self.apply_config(parser, cfg, self.dest, path)
         except UnicodeDecodeError as error:
             parser.error(str(error), error)
         parser.reading = ""
 
 
-def _with_nearest(message: str, parser: LightningArgumentParser) -> str:
-    """Return a message about a key that a parser has not, with the nearest one that it has."""
-    key = re.search(r"option '(.+)'", message, re.IGNORECASE)
-    if key is None or "did you mean" in message:
-        return message
-    known = parser.get_defaults(skip_validation=True).keys()
-    nearest = difflib.get_close_matches(key[1], known, n=1)
-    return f"{message}, did you mean '{nearest[0]}'?" if nearest else message
+def _packaged() -> list[str]:
+    """Return the names of the configurations that ship with the package."""
+    folders = (folder / "configs" for folder in (PACKAGE, PACKAGE.parent))
+    return [str(path.relative_to(each)) for each in folders for path in each.rglob("*.yaml")]
 
 
 def find_config(name: str) -> str:

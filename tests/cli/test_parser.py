@@ -57,7 +57,7 @@ def test_anything_else_is_a_bug_and_comes_without_wrappings(type_):
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("--data.model.nosuch=1", "unrecognized arguments: --data.model.nosuch=1\n"),
+        ("--data.model.nosuch=1", "unrecognized arguments: --data.model.nosuch=1"),
         ("--model.optimizer.nosuch=1", "error: Option 'model.optimizer.nosuch' is not accepted\n"),
         ("--model.optimizer.lr=x", "\"model.optimizer.lr\": Expected a <class 'float'>"),
         ("--model.k=x", "error: Parser key \"model.k\": Expected a <class 'int'>. Got value: x\n"),
@@ -97,3 +97,36 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(
     with pytest.raises(SystemExit):
         main(["fit", "--config", "topk.yaml", "--config", str(tmp_path / "mine.yaml")])
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            "fit --config topk.yaml --model.kk=5",
+            "Option 'model.kk' is not accepted, did you mean 'k'?",
+        ),
+        ("fit --trainer.max_stepz=4", "--trainer.max_stepz=4, did you mean 'trainer.max_steps'?"),
+        (
+            "fit --model MutualChoice",
+            "there is no class MutualChoice, did you mean 'MutualChoiceSAE'?",
+        ),
+        ("fit --model lightning_sae.TopSAE", "there is no class TopSAE, did you mean 'TopKSAE'?"),
+        ("fit --config topk.yaml --model.optimizer Adm", "no class Adm, did you mean 'Adam'?"),
+        ("fit --data Nonsense", 'Parser key "data": there is no class Nonsense\n'),
+        (
+            "fit --config topk.yml",
+            "config=topk.yml: there is no such file, did you mean 'topk.yaml'?",
+        ),
+        ("report --tokns 3", "unrecognized arguments: --tokns 3, did you mean 'tokens'?"),
+    ],
+)
+def test_what_is_misspelt_on_the_command_line_is_told_in_one_line(
+    arguments, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["lightning_sae"])
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
