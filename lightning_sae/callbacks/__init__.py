@@ -20,6 +20,7 @@ from lightning_sae.callbacks.save_pretrained import SavePretrained
 from lightning_sae.callbacks.steps_bar import RichStepsBar, TQDMStepsBar
 from lightning_sae.callbacks.stop_on_signal import StopOnSignal
 from lightning_sae.callbacks.throughput import TokensPerSecond
+from lightning_sae.callbacks.train_sae import TrainSAE
 from lightning_sae.callbacks.write_matches import WriteMatches
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "StopOnSignal",
     "TQDMStepsBar",
     "TokensPerSecond",
+    "TrainSAE",
     "WriteMatches",
     "plot_density_histogram",
     "plot_matches_by_loss",
