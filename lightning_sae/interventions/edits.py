@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ class _Change:
     def of(
         cls, sae: Autoencoder, values: Mapping[int, float], error: bool, *, taken: bool = True
     ) -> _Change:
-        pairs = sorted((int(feature), float(value)) for feature, value in values.items())
+        pairs = sorted((index(feature), float(value)) for feature, value in values.items())
         for feature, value in pairs:
             if not 0 <= feature < sae.n_features:
                 raise UsageError(f"feature {feature} is none of n_features={sae.n_features}")

@@ -225,6 +225,16 @@ def test_mistakes(stream, make, message):
     assert hooks_of(stream.model) == before
 
 
+def test_numbers_of_features_may_be_tensors_and_must_be_whole(stream, ids):
+    sae = sae_of(stream)
+    with ablate(stream, sae, torch.tensor([3, 5])):
+        expected = stream.model(ids).logits
+    with ablate(stream, sae, (3, 5)):
+        assert torch.equal(stream.model(ids).logits, expected)
+    with pytest.raises(TypeError, match="float"), steer(stream, sae, {3.7: 1.0}):
+        pass
+
+
 def test_an_sae_of_another_width(stream):
     sae = ARCHITECTURES["topk"].func(8, 32, 2)
     message = "^d_model=8 of the SAE: the layer is 16 wide$"
