@@ -20,7 +20,8 @@ from lightning_sae.residual_stream import ResidualStream
 
 __all__ = ["Positions", "Run", "special_tokens", "watched"]
 
-_INPUTS: Final = ("input_ids", "pixel_values", "attention_mask", "position_ids")
+_INPUTS: Final = {"input_ids": 2, "pixel_values": 4, "attention_mask": 2, "position_ids": 2}
+"""Arguments that say which token is which, and how many dimensions they have."""
 _CACHES: Final = ("past_key_values", "cache_params", "state")
 
 
@@ -49,7 +50,8 @@ class Run:
         self.depth += 1
         given = dict(zip(signature(module.forward).parameters, args, strict=False)) | kwargs
         tensors = {n: given[n] for n in _INPUTS if isinstance(given.get(n), Tensor)}
-        self.inputs |= tensors
+        # What is made of them further inside, a mask for each pair of tokens say, has more.
+        self.inputs |= {n: t for n, t in tensors.items() if t.dim() == _INPUTS[n]}
         for cache in (given[name] for name in _CACHES if given.get(name) is not None):
             self.past = _length(cache)
 
@@ -113,11 +115,11 @@ class Positions:
             patches = prod(side // patch for side, patch in sides)
             return (torch.arange(length) >= length - patches).expand(shape)
         ids, mask, place = (inputs.get(n) for n in ("input_ids", "attention_mask", "position_ids"))
-        if mask is not None and mask.dim() == 2:
+        if mask is not None:
             real = mask != 0
             before = int(run.past != 0 and mask.shape[1] == length)  # it leaves out what is cached
             kept = (real & (real.cumsum(1) + before > 1))[:, -length:]
-        elif place is not None and place.dim() == 2:  # 0 for padding too
+        elif place is not None:  # 0 for padding too
             kept = place[:, -length:] > 0
         else:
             first = 1 if run.past is None else run.past

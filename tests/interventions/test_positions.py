@@ -10,7 +10,7 @@ from lightning_sae.interventions import splice, steer
 from lightning_sae.interventions.positions import special_tokens
 from tests.helpers.architectures import ARCHITECTURES
 from tests.interventions.tiny import FAMILIES, LAYER, ids_of, kept_of, model_of, sae_of
-from tests.test_model_families import tiny_model
+from tests.test_model_families import gemma3, qwen2_vl, tiny_model
 
 MASKS = {
     "none": [[1] * 7] * 2,
@@ -184,6 +184,23 @@ def test_caches_of_other_families(model_type):
         found, logits = generated(stream, ids, mask, tokens=5)
     assert torch.equal(found, expected)
     torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [qwen2_vl, gemma3])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_models_that_see_images_too(make, padding):
+    stream = ResidualStream(make(), LAYER)
+    ids, mask = ids_of() + 3, torch.tensor(MASKS[padding])
+    torch.manual_seed(0)
+    sae = ARCHITECTURES["topk"].func(stream.d_model, 64, 4)
+    sae.loss(stream.read(ids)[:, 1:])
+    clean = stream.read(ids, mask)
+    with splice(stream, sae):
+        found = stream.read(ids, mask)
+        both = [generated(stream, ids, mask, tokens=4, use_cache=each) for each in (True, False)]
+    assert torch.equal((found != clean).any(2), kept_of(ids, mask))
+    assert torch.equal(both[0][0], both[1][0])
+    torch.testing.assert_close(both[0][1], both[1][1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_cache_that_does_not_count():
