@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Inputs",
+    "Marks",
     "NumberedInputs",
     "endless_blocks",
     "first_inputs",
@@ -44,17 +45,31 @@ Inputs = NumberedInputs | Iterable[Tensor]
 """Tensors of one shape: of a known number, or else any iterable that starts afresh each time.
 
 What has a length is shuffled; what has none is read in its order, from its beginning each epoch.
+If that has `state_dict`, which returns the place after the input read last (None: unknown), and
+`load_state_dict`, with which the next iteration goes on there, resuming reads nothing before it.
 """
+
+Marks = dict[int, dict[str, Any]]
+"""Where blocks begin in inputs without a length, by their numbers; what checkpoints note of it."""
 
 
 def endless_blocks(
-    inputs: Inputs, first: int, *, size: int, minimum: int, seed: int, source: str, noun: str
+    inputs: Inputs,
+    first: int,
+    *,
+    size: int,
+    minimum: int,
+    seed: int,
+    source: str,
+    noun: str,
+    marks: Marks | None = None,
 ) -> Iterator[Tensor]:
     """Yield block `first` and all that follow, epoch after epoch, without end.
 
     Block b is the inputs [b * size, (b + 1) * size) of the sequence of all epochs. Inputs that have
     a length come each epoch in an order drawn from (seed, epoch). Others come in their own, and to
-    skip blocks is to read all that is in them. Passes are told: 1, 2, 4, 8 ...
+    skip blocks is to read all that is in them, unless `marks` has where the first one begins.
+    Passes are told: 1, 2, 4, 8 ...
 
     Args:
         inputs: Those of one epoch.
@@ -64,6 +79,7 @@ def endless_blocks(
         seed: Seed of the order.
         source: What is called so in messages: the argument that names the data, and its value.
         noun: What the inputs are called there, in the plural.
+        marks: Where blocks begin, as far as that is known; what is found out is added.
 
     Yields:
         Inputs, (size, ...).
@@ -96,7 +112,7 @@ def endless_blocks(
         check_enough(len(cast(NumberedInputs, inputs)))
         blocks = _shuffled(cast(NumberedInputs, inputs), first, size, seed, begin_again)
     else:
-        blocks = _in_order(inputs, first, size, begin_again)
+        blocks = _in_order(inputs, first, size, begin_again, {} if marks is None else marks)
     return (stacked(block, source, noun) for block in blocks)
 
 
@@ -197,16 +213,31 @@ def _shuffled(
 
 
 def _in_order(
-    inputs: Iterable[Tensor], first: int, size: int, begin_again: Callable[[int, int], None]
+    inputs: Iterable[Tensor],
+    first: int,
+    size: int,
+    begin_again: Callable[[int, int], None],
+    marks: Marks,
 ) -> Iterator[Sequence[Tensor]]:
-    def endless() -> Iterator[Tensor]:
-        for passes in itertools.count(1):
-            total = 0
-            for each in inputs:
-                total += 1
-                yield each
-            begin_again(passes, total)
+    stateful: Any = inputs if hasattr(inputs, "load_state_dict") else None
+    mark = marks.get(first) if stateful else None
+    passes, read = (mark["passes"], mark["read"]) if mark else (1, 0)  # of a pass that began before
+    if mark:
+        stateful.load_state_dict(mark["inputs"])
 
-    rest = itertools.islice(endless(), first * size, None)
-    while True:
-        yield list(itertools.islice(rest, size))
+    def endless() -> Iterator[Tensor]:
+        nonlocal passes, read
+        while True:
+            for each in inputs:
+                read += 1
+                yield each
+            begin_again(passes, read)
+            passes, read = passes + 1, 0
+
+    rest = itertools.islice(endless(), 0 if mark else first * size, None)
+    for number in itertools.count(first):
+        block = list(itertools.islice(rest, size))
+        if stateful and (state := stateful.state_dict()) is not None:
+            marks[number + 1] = {"passes": passes, "read": read, "inputs": state}
+            marks.pop(number - 3, None)  # nobody is further behind: one block is read ahead
+        yield block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -91,15 +91,43 @@ class Packer:
         self, documents: Dataset | IterableDataset, column: str
     ) -> Iterator[NDArray[np.int32]]:
         """Yield the contexts of a data set in its order, (context_length) each."""
-        pack, first = _PackOnward(self), 0
-        for batch in _read(documents):
-            texts = batch[column]
-            yield from pack(texts, range(first, first + len(texts)))["input_ids"]
-            first += len(texts)
+        for contexts, _ in self.pack_onward(documents, column):
+            yield from contexts
+
+    def pack_onward(
+        self,
+        documents: Dataset | IterableDataset,
+        column: str,
+        place: Mapping[str, Any] | None = None,
+    ) -> Iterator[tuple[NDArray[np.int32], Mapping[str, Any]]]:
+        """Yield the contexts of some documents at a time, and the place at which these begin.
+
+        Args:
+            documents: An `IterableDataset` if its places are to be used.
+            column: Column that holds the texts.
+            place: One of these documents, to go on from. None: their beginning.
+
+        Yields:
+            Contexts, (contexts, context_length), and a place, as JSON has it.
+        """
+        place = place or {"documents": None, "number": 0, "left": []}
+        if place["documents"] is not None:
+            documents.load_state_dict(place["documents"])
+        pack = _PackOnward(self)
+        pack.left = list(place["left"])
+        for batch in _read(documents, place["number"]):
+            texts, number = batch[column], place["number"]
+            yield pack(texts, range(number, number + len(texts)))["input_ids"], place
+            state = documents.state_dict() if hasattr(documents, "state_dict") else None
+            place = {"documents": state, "number": number + len(texts), "left": pack.left}
 
 
-def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+def _read(documents: Dataset | IterableDataset, first: int) -> Iterator[dict[str, Any]]:
     """Yield batches of documents; what reading them raises is about the text.
+
+    Args:
+        documents: Those to read.
+        first: The number of the first of them.
 
     Raises:
         UsageError: If they cannot be read to their end.
@@ -112,7 +140,7 @@ def _read(documents: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
             raise
         except Exception as error:  # there is no end to what files and networks raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            place = number * DOCUMENTS_AT_ONCE
+            place = first + number * DOCUMENTS_AT_ONCE
             raise UsageError(f"text cannot be read after document {place}: {reason}") from error
         if batch is None:
             return

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sae.checks import UsageError, require_at_least, require_positive
-from lightning_sae.data.blocks import Inputs, endless_blocks, held_out_parts, stacked
+from lightning_sae.data.blocks import Inputs, Marks, endless_blocks, held_out_parts, stacked
 from lightning_sae.data.place import KeepsPlace
 from lightning_sae.data.provenance import ORDER, compare, fingerprint
 from lightning_sae.data.stream import ActivationStream, HeldOutBatches
@@ -73,6 +73,7 @@ class StreamDataModule(KeepsPlace, ABC):
         self.validation_tokens = validation_tokens
         self.test_tokens = test_tokens
         self.seed = seed
+        self._marks: Marks = {}
 
     @property
     @abstractmethod
@@ -172,6 +173,7 @@ class StreamDataModule(KeepsPlace, ABC):
             seed=self.seed,
             source=self.source,
             noun=self.noun,
+            marks=self._marks,
         )
         return ActivationStream(
             blocks=blocks,
@@ -204,7 +206,10 @@ class StreamDataModule(KeepsPlace, ABC):
         needed = "_train_inputs" in vars(self)
         inputs = self._inputs_fingerprint if needed else None
         noted = {"activations": self.description, "inputs": inputs}
-        return super().state_dict() | noted
+        place = super().state_dict()
+        if (mark := self._marks.get(place["cursor"][0])) is not None:
+            noted["reading"] = mark
+        return place | noted
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue right after the batch that was consumed last when the state was saved.
@@ -215,7 +220,10 @@ class StreamDataModule(KeepsPlace, ABC):
         resumed = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if resumed:
             _ = self._train_inputs
-        compare(self.state_dict(), state_dict, resumed, self.source)
+        here = self.state_dict()
+        compare(here, state_dict, resumed, self.source)
+        if "reading" in state_dict and here["place"] == state_dict["place"]:
+            self._marks[state_dict["cursor"][0]] = state_dict["reading"]
         super().load_state_dict(state_dict)
 
     @property

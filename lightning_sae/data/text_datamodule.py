@@ -49,7 +49,7 @@ class ActivationDataModule(FrozenModelDataModule):
         held_out_documents: Documents to hold out of the training split where nothing else is
             there to validate on: random ones, or the first ones if streaming.
         streaming: Read text as it is needed, in its order, instead of downloading, tokenizing
-            and shuffling all of it first. Resuming then reads again what came before.
+            and shuffling all of it first. A resumed run goes on reading where it was.
         context_length: Tokens the language model sees at once.
         batch_size: Tokens of a training batch, over all devices.
         batches_per_block: Batches whose tokens are shuffled together. Twice as many are in memory:

@@ -28,6 +28,26 @@ class OnceAPass:
         yield from numbered(self.total)
 
 
+class Resumed(OnceAPass):
+    """Such inputs that know where they are, and count those that were read."""
+
+    def __init__(self, total):
+        super().__init__(total)
+        self.begin, self.reached, self.read = 0, None, 0
+
+    def __iter__(self):
+        begin, self.begin = self.begin, 0
+        for number in range(begin, self.total):
+            self.reached, self.read = number + 1, self.read + 1
+            yield torch.full((LENGTH,), number)
+
+    def state_dict(self):
+        return self.reached
+
+    def load_state_dict(self, state):
+        self.begin = state
+
+
 class Several(list):
     """A list that is asked for several at once."""
 
@@ -43,8 +63,8 @@ class Several(list):
         return [torch.full((LENGTH,), number) for number in numbers]
 
 
-def blocks(inputs, size, first=0, count=1, *, minimum=1, seed=0):
-    arguments = {"size": size, "minimum": minimum, "seed": seed}
+def blocks(inputs, size, first=0, count=1, *, minimum=1, seed=0, marks=None):
+    arguments = {"size": size, "minimum": minimum, "seed": seed, "marks": marks}
     endless = endless_blocks(inputs, first, **arguments, source="text='a.txt'", noun="contexts")
     return list(itertools.islice(endless, count))
 
@@ -69,6 +89,34 @@ def test_epochs_follow_each_other_and_each_is_a_permutation(total, size, seed):
 def test_starting_late_skips_and_changes_nothing(of, total, size, first):
     expected = blocks(of(total), size, 0, first + 2)[first:]
     assert all(map(torch.equal, blocks(of(total), size, first, 2), expected))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(total=st.integers(1, 12), size=st.integers(1, 15), first=st.integers(1, 6))
+def test_what_knows_where_it_is_reads_nothing_before(total, size, first):
+    marks = {}
+    blocks(Resumed(total), size, 0, first, marks=marks)
+    inputs, expected = Resumed(total), blocks(OnceAPass(total), size, 0, first + 3)[first:]
+    assert all(map(torch.equal, blocks(inputs, size, first, 3, marks=marks), expected))
+    assert inputs.read == 3 * size
+    assert all(map(torch.equal, blocks(inputs, size, first, 3), expected))  # without a mark
+
+
+def test_a_pass_that_was_resumed_is_told_as_one(caplog):
+    marks = {}
+    blocks(Resumed(5), 4, 0, 2, marks=marks)  # 3 of the second pass
+    assert set(marks) == {1, 2}
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        blocks(Resumed(5), 4, 2, 1, marks=marks)
+    line = "text='a.txt': all 5 contexts to train on were read 2 times; they are read again"
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_few_marks_are_remembered():
+    marks = {}
+    blocks(Resumed(5), 4, 0, 50, marks=marks)
+    assert set(marks) == {47, 48, 49, 50}
 
 
 def test_orders_differ_by_epoch_and_by_seed():

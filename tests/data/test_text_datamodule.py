@@ -1,4 +1,5 @@
 import itertools
+import json
 from collections import Counter
 
 import datasets
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_sae.checks import UsageError
 from lightning_sae.data import ActivationDataModule, StoredActivationsDataModule
+from lightning_sae.data.packer import _PackOnward
 from tests.data.tiny import (
     D_MODEL,
     LENGTH,
@@ -168,6 +170,59 @@ def test_the_packaged_model_and_text():
     (batch,) = itertools.islice(datamodule.val_dataloader(), 1)
     assert batch["activations"].shape == (int(batch["kept"].sum()), datamodule.d_model)
     assert datamodule.residual_stream.layer == 2
+
+
+def noted_at(datamodule, cut):
+    """What a checkpoint notes after so many batches."""
+    for batch in take(datamodule, cut):
+        datamodule.on_before_batch_transfer(batch, 0)
+    return datamodule.state_dict()
+
+
+@pytest.mark.parametrize("cut", [3, 4, 5, 9, 14, 23, 40])  # blocks have 4, an epoch about 13
+def test_a_streamed_run_resumes_without_reading_what_came_before(make, monkeypatch, cut):
+    monkeypatch.setattr("lightning_sae.data.packer.DOCUMENTS_AT_ONCE", 5)
+    expected = [batch["activations"] for batch in take(make(streaming=True), cut + 4)]
+    noted = noted_at(make(streaming=True), cut)
+    assert len(json.dumps(noted["reading"]) if cut > 3 else "") < 2000
+    again, numbers = make(streaming=True), []
+    packed = _PackOnward.__call__
+    monkeypatch.setattr(
+        _PackOnward, "__call__", lambda *args: numbers.append(args[2][0]) or packed(*args)
+    )
+    again.load_state_dict(json.loads(json.dumps(noted)))
+    assert same([batch["activations"] for batch in take(again, 4)], expected[cut:])
+    if 4 <= cut < 9:
+        assert min(numbers) > 0
+    assert len(numbers) < 30  # those of the blocks that are read
+
+
+def test_a_checkpoint_of_other_settings_or_without_a_place_is_read_up_to(make):
+    expected = [batch["activations"] for batch in take(make(streaming=True), 9)]
+    noted = noted_at(make(streaming=True), 5)
+    without = make(streaming=True)
+    without.load_state_dict({name: noted[name] for name in noted if name != "reading"})
+    assert same([batch["activations"] for batch in take(without, 4)], expected[5:])
+    other = make(streaming=True, batches_per_block=3)
+    with pytest.warns(UserWarning, match="batches_per_block=3 was 4 in the checkpoint"):
+        other.load_state_dict(noted)
+    fresh = make(streaming=True, batches_per_block=3)
+    fresh._cursor = noted["cursor"]
+    assert same(*([batch["activations"] for batch in take(each, 4)] for each in (other, fresh)))
+
+
+def of_resumed_rank(rank, settings, noted):
+    datamodule = ActivationDataModule(**settings)
+    datamodule.load_state_dict(noted)
+    return [batch["activations"] for batch in take(datamodule, 6)]
+
+
+def test_two_ranks_resume_what_one_has_begun(make, model_folder, text_file):
+    settings = {**arguments(model_folder, text_file), "streaming": True}
+    expected = [batch["activations"] for batch in take(make(streaming=True), 15)]
+    ranks = run_on_two(of_resumed_rank, settings, noted_at(make(streaming=True), 9))
+    together = [torch.cat(parts) for parts in zip(*ranks, strict=True)]
+    assert same(together, expected[9:])
 
 
 def of_rank(rank, settings, cache):
