@@ -227,8 +227,12 @@ class FrozenModelDataModule(StreamDataModule):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What an activation is: the model by its name and its weights, the layer and the dtype."""
-        return self.model.description
+        """What an activation is: the model by its name and its weights, the layer and the dtype.
+
+        Where a cache rounds it, what to.
+        """
+        rounds = self.cache_dir is not None and self.cache_dtype is not None
+        return self.model.description | ({"rounded_to": self.cache_dtype} if rounds else {})
 
     def describe(self) -> dict[str, Any]:
         """Return what activations these are, as JSON has it: for the record of what learns them."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_sae.checks import UsageError
 from lightning_sae.data.blocks import Inputs, NumberedInputs
@@ -52,6 +53,9 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any], resumed: bool, so
     require_same_activations(now["activations"], before.get("activations", {}))
     if not resumed:
         return
+    here, was = (each.get("activations", {}).get("rounded_to") for each in (now, before))
+    if here != was:
+        rank_zero_warn(f"cache_dtype={here!r} was {was!r} in the checkpoint: activations differ")
     pairs = {name: (now["place"].get(name), was) for name, was in before["place"].items()}
     changed = {name: (here, was) for name, (here, was) in pairs.items() if here != was}
     _require_same_inputs(changed, now["inputs"], before.get("inputs"), source)

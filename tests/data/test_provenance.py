@@ -34,6 +34,14 @@ def test_a_fingerprint_is_of_numbers_types_and_shapes():
     assert re.fullmatch("[0-9a-f]{16}", str(fingerprint(INPUTS)))
 
 
+def test_other_rounding_is_told_where_training_goes_on():
+    rounded = noted()
+    rounded["activations"]["rounded_to"] = "float16"
+    compare(noted(), rounded, resumed=False, source="text='a.txt'")
+    with pytest.warns(UserWarning, match="^cache_dtype=None was 'float16' in the checkpoint: act"):
+        compare(noted(), rounded, resumed=True, source="text='a.txt'")
+
+
 def test_what_has_to_be_read_in_order_has_none():
     assert fingerprint(iter(INPUTS)) is None
 

@@ -112,6 +112,7 @@ def test_a_second_run_takes_all_activations_from_the_cache(make, tmp_path, monke
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_many_epochs_are_kept_once_and_the_same_cold_and_warm(make, tmp_path, monkeypatch, dtype):
     settings = {"cache_dir": str(tmp_path), "cache_dtype": dtype}
+    assert make(**settings).description.get("rounded_to") == dtype
     cold = [b["activations"] for b in take(make(**settings), 60)]
     (folder,) = tmp_path.iterdir()
     kept = sum(len(load_file(file)["key"]) for file in folder.iterdir())
