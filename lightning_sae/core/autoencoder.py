@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sae.allocation import Choice, Importance, score
 from lightning_sae.checks import UsageError
-from lightning_sae.core.batch_statistics import batch_statistics
+from lightning_sae.core.batch_statistics import batch_statistics, require_new_names
 from lightning_sae.core.dictionary import Dictionary
 from lightning_sae.core.firing_history import FiringHistory
 from lightning_sae.core.input_scaling import NormalizeInputs
@@ -223,7 +223,8 @@ class Autoencoder(Dictionary, ABC):
         error = scaled - self.reconstruct(matches)
         terms = {"reconstruction_loss": reconstruction_loss(error)}
         if self.training:
-            terms |= self.extra_losses(scaled, matches, error)
+            terms |= (extra := self.extra_losses(scaled, matches, error))
+            require_new_names(extra, of=self)
         loss = torch.stack(list(terms.values())).sum()
         means = {"loss": loss, **terms, "massive_fraction": massive.sum() / max(1, len(scaled))}
         ranks = self.layout.ranks if self.training else None

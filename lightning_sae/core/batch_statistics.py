@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import widest_float
 from lightning_sae.parallel import Ranks
 
-__all__ = ["batch_statistics"]
+__all__ = ["batch_statistics", "require_new_names"]
+
+NAMES = frozenset(
+    ("loss", "l0", "l0_std", "fvu", "dead_fraction", "massive_fraction", "tokens", "threshold")
+)
+"""What is logged of every batch; terms of a loss have other names."""
+
+
+def require_new_names(terms: Iterable[str], of: object) -> None:
+    """Refuse a term of a loss by the name of something else that is logged: it would be lost.
+
+    Args:
+        terms: Names of the terms.
+        of: Whose `extra_losses` they are.
+
+    Raises:
+        UsageError: If one has such a name.
+    """
+    for name in NAMES.intersection(terms):
+        raise UsageError(
+            f"extra_losses of {type(of).__name__} has a term {name!r}, which is the name of "
+            "another figure: call it otherwise"
+        )
 
 
 @torch.no_grad()

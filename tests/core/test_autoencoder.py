@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_sae import SparseAutoencoder, StandardSAE, TopKSAE
 from lightning_sae.allocation import Matches, TensorScores
+from lightning_sae.checks import UsageError
 from tests.helpers.architectures import (
     D_MODEL,
     N_FEATURES,
@@ -47,6 +48,16 @@ def test_an_architecture_may_have_another_reconstruction_loss():
     sae = AbsoluteSAE(D_MODEL, N_FEATURES, K)
     loss, stats = sae.loss(activations())
     assert loss == stats["loss"] == stats["reconstruction_loss"] == sae.absolute
+
+
+@pytest.mark.parametrize("name", ["l0", "fvu", "loss", "dead_fraction", "threshold"])
+def test_a_term_of_the_loss_does_not_get_lost_under_another_figure_s_name(name: str):
+    class Named(TopKSAE):
+        def extra_losses(self, scaled, matches, error):
+            return {name: error.square().mean()}
+
+    with pytest.raises(UsageError, match=f"^extra_losses of Named has a term '{name}', which is"):
+        Named(D_MODEL, N_FEATURES, K).loss(activations())
 
 
 @every_architecture
