@@ -326,3 +326,24 @@ def test_a_wheel_carries_the_configurations_and_the_model(tmp_path: Path):
     others = ("py.typed", "quickstart/model.safetensors", "quickstart/text/train.parquet")
     for name in (*others, "report/page.html", "report/page.css", "report/page.js"):
         assert (package / name).is_file()
+
+
+def test_a_run_may_be_stopped_and_kept_by_the_loss_recovered(tmp_path: Path):
+    watched = [
+        "--trainer.callbacks+=EarlyStopping",
+        "--trainer.callbacks.monitor=val/loss_recovered_mean",
+        "--trainer.callbacks.mode=max",
+        "--trainer.callbacks.patience=0",
+        "--trainer.callbacks.min_delta=10",  # it is never so much better
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.monitor=val/loss_recovered_mean",
+        "--trainer.callbacks.mode=max",
+        "--trainer.callbacks.filename=best-{step}",
+    ]
+    main([*arguments("fit", "topk.yaml", trainer__max_steps="8"), *watched])
+    saved = tmp_path / "runs/topk/version_0/checkpoints"
+    assert torch.load(saved / "last.ckpt", weights_only=True)["global_step"] == 4  # 2 validations
+    assert [path.name for path in saved.glob("best-*.ckpt")] in (
+        ["best-step=2.ckpt"],
+        ["best-step=4.ckpt"],
+    )
