@@ -180,7 +180,7 @@ class SparseAutoencoderCLI(LightningCLI):
         """
         with refusals(ValueError, TypeError, RuntimeError, ImportError):
             trainer = super().instantiate_trainer(**kwargs)
-        callbacks = self.config[self.config.subcommand].trainer.callbacks or []
+        callbacks = self._settings.trainer.callbacks or []
         show_steps(trainer, {pkgutil.resolve_name(each.class_path) for each in callbacks})
         # Private of Lightning's Strategy, whose public property cannot tell that none was named.
         if trainer.strategy._checkpoint_io is None:
