@@ -99,8 +99,10 @@ def test_beyond_the_limit_no_more_is_kept_and_a_line_says_so(tmp_path):
 
 def ended_by(way, folder):
     code = f"""
-import os, signal, sys, time
+import signal, time
 from tests.data.test_shards import add, shards
+# Of a shell's background jobs it is ignored, and so of what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 there = shards({str(folder)!r} and __import__("pathlib").Path({str(folder)!r}))
 add(there, *range(6))
 print("added", flush=True)

@@ -172,5 +172,5 @@ def test_files_of_another_layer_are_not_mixed(tmp_path):
     for name, layer in (("a", 1), ("b", 2)):
         metadata = {METADATA: json.dumps({"layer": layer})}
         save_file({"activations": torch.zeros(2, 3)}, tmp_path / f"{name}.safetensors", metadata)
-    with pytest.raises(UsageError, match=r"b.safetensors' has activations of {'layer': 2}, and "):
+    with pytest.raises(UsageError, match=r"b.safetensors' has activations of {.*'layer': 2"):
         opened(tmp_path)

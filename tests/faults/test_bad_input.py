@@ -57,10 +57,10 @@ CASES: list[tuple[str, Any, str]] = [
     ("model.optimizer.betas", "[2, 0.9]", "optimizer: Invalid beta parameter at index 0: 2.0"),
     ("model.optimizer.weight_decay", -1, "optimizer: Invalid weight_decay value: -1"),
     ("model.optimizer.eps", -1, "optimizer: Invalid epsilon value: -1"),
-    ("model.optimizer", "NoSuch", '"model.optimizer": Expected a dot import path string: NoSuch'),
-    ("model.lr_scheduler", "NoSuch", '"model.lr_scheduler": Expected a dot import path'),
+    ("model.optimizer", "NoSuch", '"model.optimizer": there is no class NoSuch'),
+    ("model.lr_scheduler", "NoSuch", '"model.lr_scheduler": there is no class NoSuch'),
     ("model.lr_scheduler", scheduler(), "required: step_size"),
-    ("model", "NoSuchSAE", '"model": Expected a dot import path string: NoSuchSAE'),
+    ("model", "NoSuchSAE", '"model": there is no class NoSuchSAE'),
     ("model", "torch.nn.Linear", "not correspond to a subclass of SparseAutoencoder"),
     ("model", "lightning_sae.SparseAutoencoder", "but is abstract"),
     # the data
