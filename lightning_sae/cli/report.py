@@ -50,6 +50,11 @@ def report(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sae = trained(ckpt_path, device)
     data = _data_of(sae, ckpt_path, {"model_name": model_name, "text": text})
+    if not (page or isinstance(data.model.layer, int)):
+        raise UsageError(
+            f"format={format}: Neuronpedia knows layers by numbers of blocks, and the SAE is of "
+            f"layer={data.model.layer!r}"
+        )
     found = report_of(sae, data, tokens=tokens, split=split)
     if page:
         paths = write_report(found, where)

@@ -46,6 +46,15 @@ def test_files_for_neuronpedia(folder: str, tmp_path: Path, capsys):
     assert "out holds files already" in refused(*line, capsys=capsys)
 
 
+def test_neuronpedia_is_refused_for_a_layer_without_a_number(folder: str, tmp_path: Path, capsys):
+    config = tmp_path / "sae" / "config.json"
+    noted = json.loads(config.read_text())
+    noted["trained_on"]["layer"] = path = "gpt_neox.layers.1"
+    config.write_text(json.dumps(noted))
+    line = [f"--ckpt_path={folder}", "--format=neuronpedia", f"--output={tmp_path / 'out'}"]
+    assert f"layer='{path}'" in refused(*line, f"--tokens={6 * LENGTH}", capsys=capsys)
+
+
 def test_a_model_that_has_moved_can_be_named(folder: str, tmp_path: Path):
     moved = tmp_path / "elsewhere"
     (tmp_path / "model").rename(moved)
