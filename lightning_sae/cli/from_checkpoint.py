@@ -56,7 +56,9 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
         settings += _as_options("model", arguments | noted)
     activations = found.get(_class_of(config.data), {}).get("activations", {})
     taken = config.data.get("init_args", {})  # a class of the user's may be about one model only
-    read = {name: value for name, value in activations.items() if name in taken}
+    # Whoever wrote the file may have noted a folder to write to beside them.
+    names = [name for name in ACTIVATIONS if name in taken]
+    read = {name: activations[name] for name in names if name in activations}
     settings += _as_options("data", read)
     return [*tokens[:place], *settings, *tokens[place:]]
 

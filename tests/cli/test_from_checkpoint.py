@@ -75,6 +75,14 @@ def test_a_class_of_the_user_s_is_given_what_it_takes(checkpoint: Path):
     assert with_its_settings(line, own) == [*line, *OF_MODEL, *OF_DATA[1:]]
 
 
+def test_nothing_else_is_believed_of_a_checkpoint(checkpoint: Path):
+    noted = STATE["ActivationDataModule"]["activations"] | {"cache_dir": "elsewhere"}
+    torch.save(STATE | {"ActivationDataModule": {"activations": noted}}, checkpoint)
+    line, asked = ["test", "--config", "topk.yaml"], config(checkpoint)
+    asked.data.init_args["cache_dir"] = None
+    assert with_its_settings(line, asked) == [*line, *OF_MODEL, *OF_DATA]
+
+
 def test_a_class_that_extends_the_trained_one_is_given_its_settings(checkpoint: Path):
     line, own = ["test", "--config", "topk.yaml"], config(checkpoint)
     own.model.class_path = f"{__name__}.MeasuredSAE"
