@@ -79,6 +79,8 @@ class TrainSAE(Callback):
         """Refuse what it cannot do."""
         if ranks_of(trainer).size > 1:
             raise UsageError("TrainSAE trains on one device: set devices=1")
+        if stage == "fit":
+            self._optimizer = None  # that of an earlier run, which checkpoints may have been of
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go to the module's device, and listen to the layer."""
@@ -161,7 +163,7 @@ class TrainSAE(Callback):
         """Listen no longer, also after an error."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._optimizer = self._metrics = None
+        self._hook = self._metrics = None
         self._seen = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -110,6 +110,17 @@ def test_a_resumed_run_goes_on_with_the_sae(tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in again.sae.state_dict().items())
 
 
+def test_a_checkpoint_saved_after_the_run_has_the_optimizer_too(tmp_path):
+    whole, part, rest = (TrainSAE(sae(seed), "first") for seed in (1, 1, 2))
+    trained(tmp_path / "whole", whole, max_epochs=4, dropout=0.0)
+    run, _ = trained(tmp_path / "part", part, max_epochs=2, dropout=0.0)
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    trained(
+        tmp_path / "rest", rest, max_epochs=4, dropout=0.0, ckpt_path=str(tmp_path / "after.ckpt")
+    )
+    assert torch.equal(rest.sae.encoder.weight, whole.sae.encoder.weight)
+
+
 def test_what_cannot_be_is_told_in_one_line(tmp_path):
     with pytest.raises(
         UsageError, match=r"^layer='nowhere': Classifier has no module of this name$"
