@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
-from lightning_sae.data import FrozenModelDataModule
+from lightning_sae.data import StreamDataModule
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["meant", "with_nearest_class", "with_nearest_key"]
 
 BASES: Final[tuple[type, ...]] = (
-    *(SparseAutoencoder, FrozenModelDataModule, Callback, Logger, Strategy),
+    *(SparseAutoencoder, StreamDataModule, Callback, Logger, Strategy),
     *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
 )
 """Classes whose subclasses are named in configurations."""

@@ -14,6 +14,10 @@ def test_the_nearest_is_told_if_one_is_near():
     ("message", "expected"),
     [
         (
+            "key: Expected a dot import path string: StoredActivationDataModule",
+            "StoredActivationDataModule, did you mean 'StoredActivationsDataModule'?",
+        ),
+        (
             "key: Expected a dot import path string: TopK: Given value: TopK",
             "TopK, did you mean 'TopKSAE'?",
         ),
