@@ -195,12 +195,14 @@ class StoredActivationsDataModule(StreamDataModule):
     @cached_property
     def _numbers(self) -> tuple[Tensor, Tensor]:
         """The numbers of the inputs to train on, and of those that are held out."""
-        total = len(self._vectors)
+        distinct = self._vectors.distinct()
+        total = len(distinct)
         files, others = self._files
         if others:
-            train = len(StoredVectors(files, self.run_length, self.skip_positions))
-            held_out = train + np.random.default_rng((self.seed, 2)).permutation(total - train)
-            return torch.arange(train), torch.from_numpy(held_out)
+            first = len(StoredVectors(files, self.run_length, self.skip_positions))
+            train, rest = distinct[distinct < first], distinct[distinct >= first]
+            held_out = np.random.default_rng((self.seed, 2)).permutation(rest)
+            return torch.from_numpy(train), torch.from_numpy(held_out)
         count = max(1, round(total * self.held_out_share)) if self.held_out_share else 0
         if count >= total:
             raise UsageError(
@@ -208,5 +210,5 @@ class StoredActivationsDataModule(StreamDataModule):
                 f"has {total} {self.noun}, of {self.positions_per_input} each"
             )
         order = np.random.default_rng((self.seed, 2)).choice(total, count, replace=False)
-        rest = np.delete(np.arange(total), order)
-        return torch.from_numpy(rest), torch.from_numpy(order)
+        rest = np.delete(distinct, order)
+        return torch.from_numpy(rest), torch.from_numpy(distinct[order])

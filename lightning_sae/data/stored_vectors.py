@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.data.vector_files import VectorFile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["StoredVectors"]
 
@@ -61,6 +65,14 @@ class StoredVectors:
 
     def __getitem__(self, number: int) -> Tensor:
         return self.read([number])[0]
+
+    def distinct(self) -> NDArray[np.int64]:
+        """Return the numbers of the inputs, but for those that files hold once more."""
+        keys = [file.keys for file in self.files]
+        if not self.by_context or any(each is None for each in keys):
+            return np.arange(len(self))
+        found = torch.cat([each for each in keys if each is not None]).numpy()
+        return np.sort(np.unique(found, return_index=True)[1])
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """Return the vectors of inputs, (inputs, length, d_model), in the dtype of the files."""

@@ -41,6 +41,7 @@ class VectorFile:
         kept: Returns which of their positions count, (rows, length); None: all do.
         made_of: What the file says that the activations are of.
         paths: Where it is; a data set is several files.
+        keys: What tells each row from others, int64, (rows,); rows of one key are of one input.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class VectorFile:
     kept: Callable[[int, int], Tensor] | None
     made_of: Mapping[str, Any]
     paths: tuple[Path, ...]
+    keys: Tensor | None = None
 
 
 def open_vectors(named: str, column: str | None, called: str) -> list[VectorFile]:
@@ -144,6 +146,7 @@ def _of_safetensors(path: Path, column: str | None) -> VectorFile:
         kept=None if kept is None else lambda first, end: kept[first:end].bool(),
         made_of=made_of,
         paths=(path,),
+        keys=slices["key"][:] if made_of and shapes.get("key") == shapes[name][:1] else None,
     )
 
 

@@ -12,6 +12,7 @@ from lightning_sae import FeatureChoiceSAE, TopKSAE
 from lightning_sae.callbacks import LossRecoveredCallback, SavePretrained
 from lightning_sae.checks import UsageError
 from lightning_sae.data import StoredActivationsDataModule
+from lightning_sae.data.shards import Shards
 from tests.data.stored import LAYOUTS, save_npy, vectors
 from tests.data.tiny import D_MODEL, LENGTH, Recorder, same, trainer
 from tests.helpers.ddp import run_on_two
@@ -87,6 +88,18 @@ def test_other_files_may_be_held_out(make, tmp_path):
     assert rows(take(data, 1)[0]) == rows(torch.from_numpy(vectors()).float().view(-1, D_MODEL))
     measured = torch.cat([batch["activations"] for batch in data.test_dataloader()])
     assert rows(measured) <= rows(torch.from_numpy(vectors(20, seed=1)).float().view(-1, D_MODEL))
+
+
+def test_what_two_processes_have_kept_is_one_input(tmp_path):
+    processes = [Shards(tmp_path / "kept", limit=1e9) for _ in range(2)]
+    for shards, keys in zip(processes, (range(40), range(40, 0, -1)), strict=True):
+        x = torch.tensor([float(key) for key in keys])[:, None, None].expand(-1, LENGTH, D_MODEL)
+        shards.add(list(keys), x, {}, {"model_name": "small"})
+        shards.write()
+    data = StoredActivationsDataModule(tmp_path / "kept", held_out_share=0.5)
+    numbers = data.train_inputs(), data.held_out_inputs()
+    parts = [data.read(each)[:, 0, 0].tolist() for each in numbers]
+    assert sorted(itertools.chain(*parts)) == list(range(41))
 
 
 def of_rank(rank, folder):
