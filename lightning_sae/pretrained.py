@@ -227,6 +227,10 @@ def _trained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if where.is_file() or where.suffix == ".ckpt":
             found = read_checkpoint(where)
             return found.get(TRAINED_WITH, {}), found["state_dict"]
+        if ":" in path:
+            raise UsageError("another library's SAE must become ours first: lightning_sae import")
+        if path.startswith((".", "/", "~")):
+            raise UsageError("there is no such file or folder")
         where = Path(hf_hub_download(path, CONFIG)).parent
         hf_hub_download(path, WEIGHTS)
     return config_of(where)["arguments"], _tensors(where / WEIGHTS)

@@ -215,7 +215,9 @@ def empty(sae: SparseAutoencoder, path: Path) -> Path:
         (damaged, "no checkpoint"),
         (empty, NO_CONFIG),
         (lambda sae, path: path, "No such file"),
-        (lambda sae, path: path.with_suffix(""), "Repo id must"),
+        (lambda sae, path: path.with_suffix(""), "there is no such file or folder"),
+        (lambda sae, path: "saelens:theirs", "must become ours first: lightning_sae import"),
+        (lambda sae, path: "not/a/repository", "Repo id must"),
     ],
 )
 def test_what_training_cannot_start_from_is_told_in_one_line(kept, told, first, tmp_path: Path):

@@ -77,9 +77,10 @@ def require_same_activations(now: Mapping[str, Any], before: Mapping[str, Any]) 
                 f"{name}={now[name]!r}: the checkpoint was trained on {before[name]!r}"
             )
     if "weights" in before and "weights" in now and now["weights"] != before["weights"]:
+        here, was = now.get("model_name"), before.get("model_name")
         raise UsageError(
-            f"model_name={now['model_name']!r} has the weights {now['weights']}: the checkpoint "
-            f"was trained on model_name={before['model_name']!r}, which had {before['weights']}"
+            f"model_name={here!r} has the weights {now['weights']}: the checkpoint "
+            f"was trained on model_name={was!r}, which had {before['weights']}"
         )
 
 

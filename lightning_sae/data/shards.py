@@ -51,6 +51,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path, limit: float, shard_bytes: int = SHARD_BYTES) -> None:
+        folder = folder.absolute()  # where the process is may be another by the time of a write
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,7 +69,7 @@ class Shards:
         there = sorted(folder.glob(NAME))
         self._list(there, [self._of_file(file, "key").numpy() for file in there])
         # Whatever ends the process, but for a kill.
-        weakref.finalize(self, _write_at_exit, self._next, folder)
+        weakref.finalize(self, _write_at_exit, self._next, folder, limit)
 
     def __len__(self) -> int:
         return len(self._keys) + len(self._next.keys)
@@ -233,8 +234,8 @@ def bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob(NAME))
 
 
-def _write_at_exit(rest: _NextFile, folder: Path) -> None:
-    if rest.keys:
+def _write_at_exit(rest: _NextFile, folder: Path, limit: float) -> None:
+    if rest.keys and bytes_in(folder) + rest.bytes <= limit:
         try:
             rest.write(folder)
         except OSError as error:

@@ -128,6 +128,8 @@ def _of_safetensors(path: Path, column: str | None) -> VectorFile:
         file: Any = safe_open(str(path), framework="pt")  # which maps it, and holds no descriptor
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         made_of = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        if not isinstance(made_of, dict):
+            raise ValueError(f"{METADATA} in its metadata is no JSON object")
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
@@ -169,7 +171,8 @@ def _of_npy(path: Path, column: str | None) -> VectorFile:
 
 def _rows_of_npy(path: Path, first: int, end: int) -> Tensor:
     # Opened each time: a map that stays holds a descriptor, and there may be thousands of files.
-    return torch.from_numpy(np.array(np.load(path, mmap_mode="r")[first:end]))
+    rows = np.load(path, mmap_mode="r")[first:end]
+    return torch.from_numpy(np.array(rows, rows.dtype.newbyteorder("=")))  # torch knows no other
 
 
 def _of_dataset(paths: Sequence[Path], column: str | None, called: str) -> VectorFile:

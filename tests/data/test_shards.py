@@ -1,9 +1,11 @@
 """What was added is found again, whatever ended the process that added it."""
 
+import gc
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +97,21 @@ def test_beyond_the_limit_no_more_is_kept_and_a_line_says_so(tmp_path):
     assert bytes_in(tmp_path) <= 1.5 * 10**3
     assert found(there, 0, 3, 19) == [0, 3, None]
     there.write()
+    size = bytes_in(tmp_path)
+    more = shards(tmp_path, rows=99, limit=size + 1)
+    add(more, *range(30, 60))
+    del more
+    gc.collect()  # which writes what is in no file yet
+    assert bytes_in(tmp_path) == size
+
+
+def test_the_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = shards(Path("kept"))
+    monkeypatch.chdir("/")
+    add(there, 1)
+    there.write()
+    assert len(shards(tmp_path / "kept")) == 1
 
 
 def ended_by(way, folder):

@@ -163,6 +163,21 @@ def test_a_column_that_will_not_do(tmp_path, column, message):
         opened(save_safetensors(tmp_path / "there", vectors()), column)
 
 
+def test_an_array_of_another_machine_is_read(tmp_path):
+    rows = np.arange(12, dtype=">f4").reshape(4, 3)
+    np.save(tmp_path / "there.npy", rows)
+    (file,) = opened(tmp_path)
+    assert file.rows(1, 3).tolist() == rows[1:3].tolist()
+
+
+@pytest.mark.parametrize("metadata", ["[1]", "null", '"x"', "{"])
+def test_metadata_that_are_no_object_are_told(metadata, tmp_path):
+    path = tmp_path / "there.safetensors"
+    save_file({"activations": torch.zeros(2, 3)}, path, {METADATA: metadata})
+    with pytest.raises(UsageError, match=r"there\.safetensors"):
+        opened(tmp_path)
+
+
 def test_an_array_has_no_columns(tmp_path):
     with pytest.raises(UsageError, match=r"^column='a': .*npy' holds one array, which has no name"):
         opened(save_npy(tmp_path / "there", vectors()), "a")
