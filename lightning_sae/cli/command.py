@@ -180,8 +180,9 @@ class SparseAutoencoderCLI(LightningCLI):
         """
         with refusals(ValueError, TypeError, RuntimeError, ImportError):
             trainer = super().instantiate_trainer(**kwargs)
-        callbacks = self._settings.trainer.callbacks or []
-        show_steps(trainer, {pkgutil.resolve_name(each.class_path) for each in callbacks})
+        named = self._settings.trainer.callbacks or []
+        named = named if isinstance(named, list) else [named]  # it may be one
+        show_steps(trainer, {pkgutil.resolve_name(each.class_path) for each in named})
         # Private of Lightning's Strategy, whose public property cannot tell that none was named.
         if trainer.strategy._checkpoint_io is None:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
