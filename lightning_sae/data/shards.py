@@ -51,12 +51,12 @@ class Shards:
     """
 
     def __init__(self, folder: Path, limit: float, shard_bytes: int = SHARD_BYTES) -> None:
-        folder = folder.absolute()  # where the process is may be another by the time of a write
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cache_dir: cannot make '{folder}': {error.strerror}") from error
-        self.folder = folder
+        # Where the process is may be another by the time of a write.
+        self.folder = folder = folder.absolute()
         self.limit = limit
         self.shard_bytes = shard_bytes
         self.files: list[Path] = []
