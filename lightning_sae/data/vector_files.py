@@ -109,6 +109,7 @@ def _paths(named: str, called: str) -> list[Path]:
     elif path.is_file():
         found = [path]
     elif glob.has_magic(named):
+        # `Path.glob` takes no absolute pattern.
         found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
     else:
         raise UsageError(f"{called} does not exist")
@@ -126,6 +127,7 @@ def _of_safetensors(path: Path, column: str | None) -> VectorFile:
 
     try:
         file: Any = safe_open(str(path), framework="pt")  # which maps it, and holds no descriptor
+        # It has keys, but cannot be iterated over.
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         made_of = json.loads((file.metadata() or {}).get(METADATA, "{}"))
         if not isinstance(made_of, dict):
