@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_sae.allocation import mutual_choice, threshold_choice, token_choice
-from lightning_sae.core.losses import aux_k_loss, aux_zipf_loss
+from lightning_sae.core.revival import aux_k_loss, aux_zipf_loss
 from lightning_sae.metrics import zipf_statistics
 from lightning_sae.sparse import sum_directions
 from lightning_sae.zipf import zipf_deficit

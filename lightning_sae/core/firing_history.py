@@ -63,10 +63,10 @@ class FiringHistory(ExactBuffers):
     def deficit(self) -> Tensor:
         """Return by which share each feature falls short of its Zipf density, (n_features,).
 
-        Zero for all while nothing is known: before the first batches, or when too few features are
-        live for a fit.
+        Zero for all while nothing is known: in the first `dead_after_tokens` tokens, over which
+        nearly every feature would seem to fall short, or when too few features are live for a fit.
         """
-        if self.window:
+        if self.window == self.dead_after_tokens:
             with suppress(ZipfFitError):
                 return zipf_deficit(self.density, self.window)
         return torch.zeros_like(self.density)

@@ -64,12 +64,14 @@ class Revival:
         dead, deficit = history.dead(), self._deficit(history)
         dying = ~dead & (deficit > 1 - self.dying_below)
         scaled, error = scaled[:: self.every], error[:: self.every]
+        places = self.k, max(1, self.k // FEWER_DYING)
         loss = aux_zipf_loss(
             error,
-            _modelled(dictionary, dead, dead.float(), scaled, self.k),
-            _modelled(dictionary, dying, deficit, scaled, max(1, self.k // FEWER_DYING)),
+            _modelled(dictionary, dead, dead.float(), scaled, places[0]),
+            _modelled(dictionary, dying, deficit, scaled, places[1]),
             self.dying_below,
             dictionary.layout.ranks,
+            filled=(_filled(dead, places[0]), _filled(dying, places[1])),
         )
         name = "aux_zipf_loss" if self.dying_below else "aux_k_loss"
         return {name: self.coefficient * loss}
@@ -114,6 +116,8 @@ def aux_zipf_loss(
     by_dying: Tensor | None,
     dying_below: float,
     ranks: Ranks | None = None,
+    *,
+    filled: tuple[Tensor | float, Tensor | float] = (1.0, 1.0),
 ) -> Tensor:
     """Return how badly dead and dying features model what the healthy ones left unexplained.
 
@@ -130,6 +134,10 @@ def aux_zipf_loss(
     fire: what the choice of matches left out lies, feature by feature, below its threshold. Either
     squared error is divided by the variance of the error itself.
 
+    Each group counts by the share of its places that it can fill. A single dead feature leaves
+    nearly all of the error unexplained, and without this weight the loss of a run would jump four
+    times its size with it. Other libraries weight `aux_k_loss` alike; Gao et al. do not say so.
+
     As `dying_below` goes to zero there are no dying features left, and the dead are asked for the
     error as it is: at zero this is `aux_k_loss` exactly.
     Source: Ayonrinde 2024 (arXiv 2411.02124) names this loss as a generalisation of `aux_k_loss`
@@ -141,6 +149,8 @@ def aux_zipf_loss(
         by_dying: What dying features make of it; None if none is.
         dying_below: Share of its Zipf density under which a feature is dying, 0 to less than 1.
         ranks: As for `aux_k_loss`.
+        filled: Weights of the two groups: the share of a token's places that the dead can fill, and
+            that the dying can.
 
     Returns:
         0-d tensor; zero if no feature is dead or dying, or nothing is left to explain.
@@ -160,9 +170,9 @@ def aux_zipf_loss(
     if by_dead is not None:
         gain = 1 / (1 - dying_below)
         # aux_k_loss divides by the variance of its target
-        loss = gain**2 * aux_k_loss(gain * error, by_dead, ranks)
+        loss = filled[0] * gain**2 * aux_k_loss(gain * error, by_dead, ranks)
     if by_dying is not None:
-        loss = loss + aux_k_loss(error, by_dying, ranks)
+        loss = loss + filled[1] * aux_k_loss(error, by_dying, ranks)
     return loss
 
 
@@ -185,6 +195,10 @@ def _modelled(
     matches = dictionary.with_gradient(scaled, chosen)
     weighted = weights.to(matches.value)[matches.feature]
     return dictionary.sum_directions(matches.with_values(matches.value * weighted))
+
+
+def _filled(mask: Tensor, places: int) -> Tensor:
+    return (mask.sum() / places).clamp(max=1)
 
 
 def _average(mean: Tensor, over: Tensor, ranks: Ranks | None) -> Tensor:

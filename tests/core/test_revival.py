@@ -149,7 +149,8 @@ def test_dying_features_are_helped_by_their_deficit(make, every):
         top = weighted.topk(min(places, int(members.sum())), dim=1)
         codes = torch.zeros_like(weighted).scatter(1, top.indices, top.values)
         left = (part * target - codes @ dictionary[members]).pow(2).mean()
-        total = total + left / (target - target.mean(0)).pow(2).mean()
+        filled = min(1, int(members.sum()) / places)
+        total = total + filled * left / (target - target.mean(0)).pow(2).mean()
     (total / 32).backward()
     torch.testing.assert_close(loss, total / 32)
     for name, _ in sae.named_parameters():
