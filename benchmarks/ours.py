@@ -26,7 +26,6 @@ def build(architecture: str, size: Size, *, chunked: bool = False, **options: An
         # Features choose from the start, by a law that is given: the second phase of a run.
         options |= {"mutual_choice_share": 0, "zipf_exponent": 1.0}
         options |= {"zipf_offset": size.n_features / 1000}
-        options |= {"min_matches": min(1.0, size.k * size.tokens / size.n_features)}
     return getattr(lightning_sae, architecture)(
         size.d_model,
         size.n_features,

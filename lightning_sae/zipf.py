@@ -1,9 +1,8 @@
-"""The Zipf-Mandelbrot law of feature densities: fit it, spend a budget along it, find the dying.
+"""The Zipf-Mandelbrot law of feature densities: fit it, and find the dying.
 
 Sorted by density, the share of tokens on which a feature fires, all but the rarest features follow
-`scale / (rank + offset) ** exponent` (Ayonrinde 2024, arXiv 2411.02124), and Feature Choice budgets
-along that law. The paper fits a Zipf law; the estimator, the offset, the bounds on budgets and the
-definition of dying features are this library's reconstruction.
+`scale / (rank + offset) ** exponent` (Ayonrinde 2024, arXiv 2411.02124). The paper fits a Zipf law;
+the estimator, the offset and the definition of dying features are this library's reconstruction.
 """
 
 import math
@@ -19,8 +18,6 @@ __all__ = [
     "ZipfFitError",
     "ZipfMandelbrot",
     "fit_zipf",
-    "round_budgets",
-    "zipf_budgets",
     "zipf_deficit",
 ]
 
@@ -160,101 +157,6 @@ def zipf_deficit(density: Tensor, tokens: int) -> Tensor:
     expected = torch.empty(density.shape, dtype=torch.float64, device=density.device)
     expected[order] = law.density(torch.arange(1, density.numel() + 1)).to(density.device)
     return (1 - density / expected).clamp(0, 1).float()
-
-
-def zipf_budgets(
-    total: float,
-    n_features: int,
-    *,
-    maximum: float,
-    minimum: float = 1.0,
-    exponent: float = 1.0,
-    offset: float | None = None,
-) -> Tensor:
-    """Share out `total` matches along a Zipf-Mandelbrot law, within bounds.
-
-    `budget(rank) = clip(C / (rank + offset) ** exponent, minimum, maximum)` with C such that they
-    sum to `total`. Without bounds the first budgets may well exceed the tokens of a batch.
-
-    Args:
-        total: Matches to share out, E[k] times the tokens of a batch.
-        n_features: Number of features.
-        maximum: Largest budget, in matches; at most the tokens of a batch. Where the law alone
-            would give the first features more, the others get what is left.
-        minimum: Smallest budget, in matches. At 1 every feature fires in every batch; one of 0.25
-            fires in a quarter of them, if rounded by `round_budgets`.
-        exponent: Slope of the law; 0 gives every feature the same.
-        offset: Rank below which the law flattens; `n_features / 1000` if not given.
-
-    Returns:
-        Real budgets by rank, largest first, `(n_features,)`, float64.
-
-    Raises:
-        ValueError: If no budgets within the bounds sum to `total`, or an argument is negative.
-
-    Example:
-        >>> zipf_budgets(100, 5, maximum=40, minimum=10, offset=0.0)
-        tensor([40.0000, 23.0769, 15.3846, 11.5385, 10.0000], dtype=torch.float64)
-    """
-    offset = n_features / 1000 if offset is None else offset
-    if n_features < 1 or maximum == math.inf or not min(minimum, exponent, offset) >= 0:
-        raise UsageError(
-            f"{n_features=} must be > 0, {maximum=} finite, and {minimum=}, {exponent=}, {offset=} "
-            ">= 0"
-        )
-    if not minimum <= (share := total / n_features) <= maximum:
-        raise UsageError(
-            f"{total=} matches cannot be shared by {n_features=} within {minimum=} .. {maximum=} "
-            f"each: a total (k times the tokens of a batch) of {n_features * minimum} .. "
-            f"{n_features * maximum} can be, or any bounds with minimum <= {share} <= maximum"
-        )
-    law = (torch.arange(1, n_features + 1, dtype=torch.float64) + offset) ** -exponent
-    low, high, scale = law.new_tensor(0.0), maximum / law[-1], total / law.sum()
-    for _ in range(200):  # Newton's steps, or halving where they leave the bracket
-        budgets = (law * scale).clamp(minimum, maximum)
-        missing = total - budgets.sum()
-        if missing.abs() <= 1e-13 * total:
-            break
-        low, high = (scale, high) if missing > 0 else (low, scale)
-        newton = scale + missing / law[(budgets > minimum) & (budgets < maximum)].sum()
-        scale = newton if low < newton < high else (low + high) / 2
-    return budgets
-
-
-def round_budgets(budgets: Tensor, seed: int) -> Tensor:
-    """Round real budgets to integers at random, unbiased and with the same sum.
-
-    Systematic sampling: fractional parts lie end to end in random order, and marks at equal
-    distances from one random start pick those that round up.
-
-    Args:
-        budgets: Real budgets, `(features,)`, not negative, whose sum is a whole number.
-        seed: Equal seeds give equal roundings; take a new one for every batch.
-
-    Returns:
-        Integer budgets, `(features,)`, int64, each the floor or the ceiling of its real value.
-
-    Raises:
-        ValueError: If a budget is negative or not finite, or their sum is not a whole number.
-
-    Example:
-        >>> round_budgets(torch.tensor([2.5, 1.0, 0.25, 0.25]), seed=0)
-        tensor([2, 1, 1, 0])
-    """
-    budgets = budgets.to(torch.float64)
-    total = budgets.sum().item()
-    if not (math.isfinite(total) and budgets.min() >= 0 and abs(total - round(total)) < 1e-6):
-        raise UsageError(f"budgets must be >= 0 and sum to a whole number, but sum to {total!r}")
-    whole = budgets.floor()
-    marks = round(total) - int(whole.sum())
-    random = torch.Generator(budgets.device).manual_seed(seed)
-    order = torch.randperm(budgets.numel(), generator=random, device=budgets.device)
-    start = 1 - torch.rand((), generator=random, dtype=torch.float64, device=budgets.device)
-    ends = (budgets - whole)[order].cumsum(0)
-    # Marks lie in (0, end of the last part], so each falls into a part that is not empty.
-    places = (torch.arange(marks, device=budgets.device) + start) / max(marks, 1) * ends[-1]
-    picked = order[torch.searchsorted(ends, places)]
-    return whole.long() + torch.bincount(picked, minlength=budgets.numel())
 
 
 def _sorted_counts(density: Tensor, tokens: int) -> Tensor:

@@ -34,7 +34,12 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "mutual": lambda: MutualChoiceSAE(8, 48, 3, aux_coefficient=0, importance="affinity"),
     "mutual by gain": lambda: MutualChoiceSAE(8, 48, 3, importance="gain", aux_coefficient=0),
     "feature, uniform": lambda: FeatureChoiceSAE(
-        8, 48, 3, budgets="uniform", mutual_choice_share=0, aux_coefficient=0, importance="affinity"
+        *(8, 48, 3),
+        budgets="uniform",
+        per_batch=True,
+        mutual_choice_share=0,
+        aux_coefficient=0,
+        importance="affinity",
     ),
     "feature, zipf": lambda: FeatureChoiceSAE(
         8, 48, 3, mutual_choice_share=0, min_matches=0.1, aux_coefficient=0, importance="affinity"

@@ -32,7 +32,8 @@ MAKE = {
     "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),
     "mutual": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K, dead_after_tokens=2 * TOKENS),
     "by norm": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K, importance="token_norm"),
-    "feature": partial(feature_choice, D_MODEL, N_FEATURES, K, min_matches=0.5),
+    "feature": partial(feature_choice, D_MODEL, N_FEATURES, K),
+    "per batch": partial(feature_choice, D_MODEL, N_FEATURES, K, per_batch=True, min_matches=0.5),
 }
 ADAMS = {"Adam": partial(torch.optim.Adam, fused=True), "ChunkedAdam": ChunkedAdam}
 

@@ -24,7 +24,8 @@ CASES: dict[str, Callable[..., SparseAutoencoder]] = {
     "topk": TopKSAE,
     "mutual": MutualChoiceSAE,
     "mutual by token_norm": partial(MutualChoiceSAE, importance="token_norm"),
-    "feature": partial(FeatureChoiceSAE, mutual_choice_share=0, min_matches=0.1),
+    "feature": partial(FeatureChoiceSAE, mutual_choice_share=0),
+    "feature, per batch": partial(FeatureChoiceSAE, mutual_choice_share=0, per_batch=True),
 }
 
 

@@ -37,11 +37,15 @@ ARCHITECTURES: dict[str, Callable[[], SparseAutoencoder]] = {
     "topk": lambda: TopKSAE(D_MODEL, 32, 3, multi_k_coefficient=0.1, dead_after_tokens=128),
     "mutual": lambda: MutualChoiceSAE(D_MODEL, 32, 3, **HELPING),
     "feature, uniform": lambda: FeatureChoiceSAE(
-        D_MODEL, 32, 3, budgets="uniform", mutual_choice_share=0, **HELPING
+        D_MODEL, 32, 3, budgets="uniform", per_batch=True, mutual_choice_share=0, **HELPING
     ),
-    # features choose from step 5 on; budgets below one are rounded at random
+    # features choose from step 5 on
     "feature, both phases": lambda: FeatureChoiceSAE(
-        D_MODEL, 32, 4, mutual_choice_share=0.5, min_matches=0.5, **HELPING
+        D_MODEL, 32, 4, mutual_choice_share=0.5, **HELPING
+    ),
+    # budgets below one are rounded at random
+    "feature, per batch": lambda: FeatureChoiceSAE(
+        D_MODEL, 32, 4, mutual_choice_share=0.5, per_batch=True, min_matches=0.5, **HELPING
     ),
 }
 

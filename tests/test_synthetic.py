@@ -18,10 +18,20 @@ MAKE = {
     "topk": lambda: TopKSAE(D_MODEL, N_FEATURES, K, aux_coefficient=0),
     "mutual": lambda: MutualChoiceSAE(D_MODEL, N_FEATURES, K, aux_coefficient=0, **BY),
     "uniform": lambda: FeatureChoiceSAE(
-        D_MODEL, N_FEATURES, K, budgets="uniform", mutual_choice_tokens=400 * TOKENS, **BY
+        *(D_MODEL, N_FEATURES, K),
+        budgets="uniform",
+        per_batch=True,
+        mutual_choice_tokens=400 * TOKENS,
+        **BY,
+    ),
+    "measured": lambda: FeatureChoiceSAE(
+        D_MODEL, N_FEATURES, K, mutual_choice_tokens=400 * TOKENS, dead_after_tokens=50_000, **BY
     ),
     "zipf": lambda: FeatureChoiceSAE(
         *(D_MODEL, N_FEATURES, K),
+        budgets="zipf",
+        per_batch=True,
+        min_matches=1,
         mutual_choice_tokens=400 * TOKENS,
         dead_after_tokens=50_000,
         **(LAW | BY),
@@ -66,10 +76,11 @@ def error(sae: SparseAutoencoder, x: Tensor) -> float:
 
 
 def test_feature_choice_has_no_dead_feature(trained: dict[str, SparseAutoencoder]):
-    for name in ("uniform", "zipf"):
+    for name in ("uniform", "zipf", "measured"):
         sae = trained[name]
-        batch_mode = sae.train().match(draw(TOKENS, -1)[0]).per_feature()
-        assert (batch_mode > 0).all()
+        batch = draw(TOKENS, -1)[0]
+        # Measured budgets are as small as half a match in it.
+        assert name == "measured" or (sae.train().match(batch).per_feature() > 0).all()
         assert (sae.eval().match(draw(16_384, -2)[0]).per_feature() > 0).all()
     assert (trained["mutual"].eval().match(draw(16_384, -2)[0]).per_feature() == 0).any()
 
@@ -77,9 +88,10 @@ def test_feature_choice_has_no_dead_feature(trained: dict[str, SparseAutoencoder
 def test_zipf_budgets_reconstruct_better_than_uniform_ones(trained: dict[str, SparseAutoencoder]):
     x, _ = draw(8192, -3)
     assert error(trained["zipf"].eval(), x) < 0.9 * error(trained["uniform"].eval(), x)
+    assert error(trained["measured"].eval(), x) < 0.9 * error(trained["uniform"].eval(), x)
 
 
-@pytest.mark.parametrize("name", ["mutual", "uniform", "zipf"])
+@pytest.mark.parametrize("name", ["mutual", "uniform", "zipf", "measured"])
 def test_thresholds_stand_in_for_the_batch(trained: dict[str, SparseAutoencoder], name: str):
     sae, (x, _) = trained[name], draw(16_384, -4)
     assert sae.eval().match(x).per_token().double().mean() == pytest.approx(K, rel=0.04)

@@ -18,11 +18,16 @@ are ever in memory, and the matches' values are their scores. Rules whose budget
 `ranks`, the processes whose tokens share the budgets: `across_ranks` says how.
 """
 
+from lightning_sae.allocation.budgets import round_budgets, shared_out, zipf_budgets
 from lightning_sae.allocation.choice import Choice
 from lightning_sae.allocation.feature_choice import feature_choice, feature_choice_counting
 from lightning_sae.allocation.importance import Importance, score
 from lightning_sae.allocation.mutual_choice import mutual_choice
-from lightning_sae.allocation.threshold_choice import midpoint_thresholds, threshold_choice
+from lightning_sae.allocation.threshold_choice import (
+    midpoint_thresholds,
+    scaled_thresholds,
+    threshold_choice,
+)
 from lightning_sae.allocation.token_choice import token_choice
 from lightning_sae.matches import Matches
 from lightning_sae.selection import Scores, TensorScores
@@ -37,7 +42,11 @@ __all__ = [
     "feature_choice_counting",
     "midpoint_thresholds",
     "mutual_choice",
+    "round_budgets",
+    "scaled_thresholds",
     "score",
+    "shared_out",
     "threshold_choice",
     "token_choice",
+    "zipf_budgets",
 ]

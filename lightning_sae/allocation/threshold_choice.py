@@ -5,6 +5,8 @@ all features. One a feature, as `midpoint_thresholds` finds them for feature cho
 reconstructed: how Ayonrinde 2024 (arXiv 2411.02124) infers without a batch is not known to us.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -80,3 +82,54 @@ def midpoint_thresholds(
         taken = ranks.all_reduce(taken)
     last = torch.where(last.isinf(), first, last)
     return (last + torch.where(taken == tokens, last, first)) / 2
+
+
+def scaled_thresholds(
+    affinities: Affinities, thresholds: Tensor, budget: int, *, ranks: Ranks | None = None
+) -> Tensor:
+    """Return thresholds times the one factor by which `budget` pairs are above them.
+
+    What they are to each other stays. If fewer affinities than that are positive, all of these are
+    above what is returned.
+
+    Args:
+        affinities: What is chosen from, shape (tokens, features).
+        thresholds: Positive, one a feature, shape (features,).
+        budget: How many pairs, of all ranks together, are to be above.
+        ranks: As in `feature_choice`.
+
+    Returns:
+        In the shape of `thresholds`, the same on all ranks.
+
+    Raises:
+        FloatingPointError: If an affinity is NaN or infinite.
+
+    Example:
+        >>> affinities = torch.tensor([[4.0, 1.0], [2.0, 3.0]])
+        >>> threshold_choice(affinities, scaled_thresholds(affinities, torch.ones(2), 3)).value
+        tensor([4., 2., 3.])
+    """
+    scores = as_scores(affinities)
+
+    def reduced(values: Tensor, reduction: Literal["min", "max"], empty: float) -> float:
+        values = torch.cat([values, values.new_full((int(len(values) == 0),), empty)])
+        own = values.amax() if reduction == "max" else values.amin()
+        return float(own if ranks is None else ranks.all_reduce(own, reduction))
+
+    factor = 1.0
+    while True:  # until there are enough to count among
+        found = pairs_above(scores, thresholds * factor)
+        multiple = found.value / thresholds[found.feature]
+        if factor == 0 or total_length(multiple, ranks) > budget:
+            break
+        factor = 0.7 * factor if factor > 1e-3 else 0.0
+    least, most = factor, 1.0 + reduced(multiple, "max", empty=factor)
+    for _ in range(100):  # bisection, until no multiple lies between
+        middle = (least + most) / 2
+        if total_length(multiple[multiple > middle], ranks) > budget:
+            least = middle
+        else:
+            most = middle
+    # Between the last that is above and the first that is not, as rounding moves either a little.
+    last = reduced(multiple[multiple > most], "min", empty=2 * most)
+    return thresholds * ((most + last) / 2)

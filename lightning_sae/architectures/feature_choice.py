@@ -5,57 +5,76 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sae.allocation import Choice, feature_choice_counting, midpoint_thresholds
+from lightning_sae.allocation import (
+    Choice,
+    feature_choice_counting,
+    midpoint_thresholds,
+    round_budgets,
+    scaled_thresholds,
+    shared_out,
+    threshold_choice,
+    zipf_budgets,
+)
+from lightning_sae.architectures.budget_law import budget_law
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import UsageError, require_choice, require_not_negative
 from lightning_sae.core.loading import require_finite
 from lightning_sae.selection import Scores
-from lightning_sae.zipf import ZipfFitError, fit_zipf, round_budgets, zipf_budgets
 
 _LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
+_MISSED = 20  # matches in a row: chance alone does not explain that
+_FARTHEST = 0.5  # a logarithm: no batch moves a threshold further
 
 
 class FeatureChoiceSAE(ThresholdSAE):
-    """Every feature has a budget of tokens in each batch, and chooses those of largest affinity.
+    """Every feature has a budget of tokens, and chooses those of largest affinity.
 
     A run has two phases. First the batch chooses, as in Mutual Choice, until features have found
-    their place. Then features are ranked by the density they reached, a Zipf-Mandelbrot law is
-    fitted to these densities, and from then on each feature has the budget that the law gives its
-    rank. Ranks and law stay as they are. Budgets sum to k matches a token, and each is at least
-    one match a batch, so that a feature fires in every batch in which its affinity is positive
-    anywhere.
+    their place. Then each gets a budget, a share of the tokens, by the density it reached, but not
+    less than `min_matches`, and keeps it: none can die out. Budgets sum to k matches a token.
 
-    In inference one threshold a feature takes the place of the batch: the one above which the
-    feature fires as often as its budget allows. It is tracked in training: it rises while more
-    tokens are above it than the budget has matches, and falls while there are fewer.
+    One threshold a feature keeps it to its budget: it rises while more tokens are above it than
+    the budget has matches, and falls while there are fewer. In inference a feature takes the tokens
+    above its threshold. In training it does the same, so that a feature with five matches a batch
+    on average may take one or nine where one or nine deserve it; with `per_batch` it takes exactly
+    its budget of every batch instead.
 
-    The paper sets budgets by a Zipf distribution. Its constants, how features get their ranks,
-    what comes before and how a token is encoded without a batch are not known to us.
+    The paper sets budgets by a Zipf distribution and has features choose from the batch: that is
+    `budgets="zipf"`, `min_matches=1` and `per_batch=True`. Its constants, how features get their
+    ranks, what comes before and how a token is encoded without a batch are not known to us.
+    The documentation's results say what the other settings bring.
 
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
         k: Expected matches per token, 1 to n_features.
-        budgets: How matches are shared out among the features: `zipf`, or `uniform`, the same for
-            each.
+        budgets: How matches are shared out among the features: `measured`, in proportion to the
+            densities of the first phase; `zipf`, along a Zipf-Mandelbrot law, by the rank of these
+            densities; or `uniform`, the same for each.
+        per_batch: Whether budgets are of each batch by itself.
         mutual_choice_share: Share of the run, 0 to 1, in which the batch chooses first. At 0
-            features choose from the start, ranked as they stand. In a loop without a Trainer nobody
-            knows how long the run will be: there, and if it has no set number of steps, the first
-            phase lasts `dead_after_tokens` tokens, over which densities are measured.
+            features choose from the start, and budgets follow the law, by rank as features stand.
+            Without a Trainer, or a set number of steps, the first phase lasts `dead_after_tokens`
+            tokens, over which densities are measured.
         mutual_choice_tokens: The same in tokens; it wins where it is given.
         zipf_exponent: s in (rank + q)^-s. Default: fitted; 1 if features choose from the start.
         zipf_offset: q in (rank + q)^-s. Default: fitted; n_features / 1000 from the start.
-        min_matches: Smallest budget, in matches a batch; below 1 a feature takes turns. Only for
-            `zipf`.
+        min_matches: Smallest budget, in matches a batch; below 1 a feature takes turns. Default: a
+            tenth of the mean budget. Not for `uniform`.
         max_density: Share of a batch's tokens that one feature may take at most. Only for `zipf`.
         options: Those of `ThresholdSAE`. With `start_from`, set `mutual_choice_share` to 0 to keep
             the densities that were reached.
 
     Attributes:
-        tracking: How far a threshold moves in a batch, as a share of itself, at most.
+        tracking: How far a threshold moves, as a share of itself, in a batch that has twice as many
+            tokens above it as the budget says.
+        patience: How many matches too many move it as far as itself, where those are fewer. Rare
+            features fire in bursts, a document long, which their thresholds should outlast. There
+            is none with a feature that does not fire at all.
+        steepness: Power of the densities reached that measured budgets follow. Above 1, because the
+            weakest matches of frequent features explain more than those of rare ones.
         choosing: Whether features choose by now, bool, 0-d.
         target_density: Each feature's budget as a share of tokens, float32, (n_features,); zero
             until features choose.
@@ -64,7 +83,9 @@ class FeatureChoiceSAE(ThresholdSAE):
         ValueError: If a size is out of range.
     """
 
-    tracking = 0.05
+    tracking = 0.02
+    patience = 1000
+    steepness = 1.08
     threshold_per_feature: ClassVar[bool] = True
     choosing: Tensor
     target_density: Tensor
@@ -76,18 +97,19 @@ class FeatureChoiceSAE(ThresholdSAE):
         n_features: int,
         k: int,
         *,
-        budgets: Literal["uniform", "zipf"] = "zipf",
+        budgets: Literal["measured", "uniform", "zipf"] = "measured",
+        per_batch: bool = False,
         mutual_choice_share: float = 0.85,
         mutual_choice_tokens: int | None = None,
         zipf_exponent: float | None = None,
         zipf_offset: float | None = None,
-        min_matches: float = 1.0,
+        min_matches: float | None = None,
         max_density: float = 0.5,
         **options: Any,
     ) -> None:
-        require_choice(budgets=budgets, of=("uniform", "zipf"))
+        require_choice(budgets=budgets, of=("measured", "uniform", "zipf"))
         require_not_negative(
-            min_matches=min_matches, mutual_choice_tokens=mutual_choice_tokens or 0
+            min_matches=min_matches or 0.0, mutual_choice_tokens=mutual_choice_tokens or 0
         )
         require_not_negative(zipf_exponent=zipf_exponent or 0.0, zipf_offset=zipf_offset or 0.0)
         if not 0 <= mutual_choice_share <= 1:
@@ -102,6 +124,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             )
         super().__init__(d_model, n_features, k, **options)
         self.budgets = budgets
+        self.per_batch = per_batch
         self.mutual_choice_share = mutual_choice_share
         self.mutual_choice_tokens = mutual_choice_tokens
         self.zipf_exponent = zipf_exponent
@@ -142,6 +165,12 @@ class FeatureChoiceSAE(ThresholdSAE):
         """Match by mutual choice at first, later every feature with its budget of tokens."""
         if not self.choosing:
             return self.choose_by_batch(scores)
+        if self.per_batch or self.threshold.isnan().any():  # nothing is tracked yet
+            return self._choose_per_batch(scores)
+        matches = threshold_choice(scores, self.threshold)
+        return Choice(matches, matches.per_feature())
+
+    def _choose_per_batch(self, scores: Scores) -> Choice:
         tokens = self.batch_tokens(scores)
         # The same on every rank, and again after a resumption: tokens_seen is both.
         seed = int(self.history.tokens_seen)
@@ -170,39 +199,36 @@ class FeatureChoiceSAE(ThresholdSAE):
             ValueError: If they are too few for `min_matches`.
         """
         self._require_enough(tokens)
-        exponent, offset = self._law() if self.budgets == "zipf" else (0.0, 0.0)
+        density = self.history.density.double().cpu()
+        self.target_density.copy_(self._budgets(tokens, density) / tokens)
+        self.choosing.fill_(True)
+        if density.any():  # thresholds are known, and nearly right where a budget is the density
+            least = 1 / self.history.window
+            change = (density.clamp_min(least) / self.target_density.double().cpu()).clamp(max=8)
+            self.threshold.mul_(change.pow(1 / 3).to(self.threshold))
+
+    def _budgets(self, tokens: int, density: Tensor) -> Tensor:
+        """Return each feature's budget in a batch of so many tokens, float64, (n_features,)."""
+        total = self.k * tokens
+        mean = total / self.n_features
+        if self.budgets == "uniform":
+            return density.new_full((self.n_features,), mean)
+        least = mean / 10 if self.min_matches is None else min(self.min_matches, mean)
+        if self.budgets == "measured" and density.any():
+            weights = density.clamp_min(density[density > 0].min() / 10) ** self.steepness
+            return shared_out(total, weights, minimum=least, maximum=tokens)
+        exponent, offset = budget_law(self.history, self.zipf_exponent, self.zipf_offset)
         by_rank = zipf_budgets(
-            self.k * tokens,
+            total,
             self.n_features,
             exponent=exponent,
             offset=offset,
-            minimum=min(self.min_matches, self.k * tokens / self.n_features),
-            maximum=max(self.max_density * tokens, self.min_matches),
+            minimum=least,
+            maximum=max(self.max_density * tokens, least),
         )
         # Where no density was measured all are equal, and features keep the order they are in.
-        order = self.history.density.argsort(descending=True, stable=True)
-        self.target_density[order] = (by_rank / tokens).to(self.target_density)
-        self.choosing.fill_(True)
-
-    def _law(self) -> tuple[float, float]:
-        """Return exponent and offset of the budgets: as given, else as fitted, else a guess."""
-        exponent, offset = 1.0, self.n_features / 1000
-        given = (self.zipf_exponent, self.zipf_offset)
-        if None in given and self.history.density.any():
-            try:
-                fit = fit_zipf(self.history.density, self.history.window)
-                exponent, offset = fit.exponent, fit.offset
-                rank_zero_info(
-                    f"Features choose from now on: budgets follow (rank + {offset:.4g})^"
-                    f"-{exponent:.4g}, as densities do with R^2 = {fit.r2:.3f}, "
-                    f"{fit.r2_middle:.3f} in the middle ranks"
-                )
-            except ZipfFitError as error:
-                rank_zero_warn(f"Budgets follow s={exponent}, q={offset}: {error}")
-        return (
-            exponent if self.zipf_exponent is None else self.zipf_exponent,
-            offset if self.zipf_offset is None else self.zipf_offset,
-        )
+        order = density.argsort(descending=True, stable=True)
+        return torch.empty_like(by_rank).scatter_(0, order, by_rank)
 
     def _first_phase_is_over(self) -> bool:
         seen = int(self.history.tokens_seen)
@@ -214,18 +240,17 @@ class FeatureChoiceSAE(ThresholdSAE):
         return seen >= self.history.dead_after_tokens if over is None else over
 
     def _is_enough(self, tokens: int) -> bool:
-        least = self.min_matches * self.n_features if self.budgets == "zipf" else self.k
-        return self.k * tokens >= least
+        least = 0 if self.budgets == "uniform" else self.min_matches or 0
+        return tokens > 0 and self.k * tokens >= least * self.n_features
 
     def _require_enough(self, tokens: int) -> None:
-        total = self.k * tokens
         if not self._is_enough(tokens):
             batches = self.layout.ranks.size if self.scope == "local" else 1
-            needed = math.ceil(self.min_matches * self.n_features / self.k) * batches
+            needed = math.ceil((self.min_matches or 0) * self.n_features / self.k) * batches
             raise UsageError(
                 f"k={self.k} matches for each of {tokens} tokens cannot give each of "
-                f"n_features={self.n_features} features min_matches={self.min_matches}: "
-                f"batch_size={needed} or min_matches={total / self.n_features:.3g} can"
+                f"n_features={self.n_features} features min_matches={self.min_matches}: batch_size="
+                f"{needed} or min_matches={self.k * tokens / self.n_features:.3g} can"
             )
 
     def observe(self, scores: Scores, choice: Choice) -> None:
@@ -240,18 +265,24 @@ class FeatureChoiceSAE(ThresholdSAE):
         if self.threshold.isnan().any():  # features choose from the start
             self.threshold.copy_(self._midpoints(scores, budgets))
             return
-        # In proportion, because scores have no unit of their own. An average over the batches in
-        # which a feature had a match, say, would let one with less than one a batch fire too often.
+        # In proportion, because scores have no unit of their own; and by all of the excess, or rare
+        # features, whose counts are the most uneven, would fire too often.
         passing = ranks.all_reduce(choice.passing)
-        excess = ((passing - budgets) / budgets.clamp_min(1)).clamp(-1, 1)
-        self.threshold.mul_((self.tracking * excess).exp()).clamp_min_(_LEAST)
+        missed = self.history.tokens_since_fired * self.target_density
+        patience = self.patience * (missed < _MISSED)
+        step = (passing - budgets) / (patience + budgets / self.tracking)
+        self.threshold.mul_(step.clamp(max=_FARTHEST).exp()).clamp_min_(_LEAST)
 
     def calibrated(self, scaled: Tensor) -> Tensor:
-        """Return the thresholds that give every feature its budget on these tokens."""
-        if not self.choosing:
+        """Return all thresholds times the factor that gives exactly k matches a token here.
+
+        What they are to each other stays: how often a rare feature fires depends on the documents.
+        """
+        if not self.choosing or self.threshold.isnan().any():
             return super().calibrated(scaled)
-        budgets = self.budgets_for(self.layout.ranks.count(scaled, scaled.device))
-        return self._midpoints(self.scores(scaled), budgets)
+        scores, ranks = self.scores(scaled), self.layout.ranks
+        budget = self.k * ranks.count(scaled, scaled.device)
+        return scaled_thresholds(scores, self.threshold, budget, ranks=ranks)
 
     def _midpoints(self, scores: Scores, budgets: Tensor) -> Tensor:
         """Return thresholds (n_features,) that give each its budget, rounded, on all ranks."""

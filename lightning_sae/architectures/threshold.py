@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_sae.allocation import Choice, Importance, mutual_choice, threshold_choice
+from lightning_sae.callbacks.calibrate_thresholds import CalibrateThresholds
 from lightning_sae.checks import UsageError, require_choice, require_k
 from lightning_sae.core.gate import Gate, require_plain
 from lightning_sae.core.input_scaling import NormalizeInputs
@@ -125,6 +127,11 @@ class ThresholdSAE(SparseAutoencoder):
         smallest = smallest.where(smallest.isfinite(), 0)
         both = ranks.all_reduce(torch.stack([smallest, some]))
         return both[0] / both[1]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return also what calibrates thresholds after the last step, unless the Trainer has it."""
+        given = any(isinstance(one, CalibrateThresholds) for one in self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning's Trainer has them
+        return super().configure_callbacks() + ([] if given else [CalibrateThresholds()])
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sae.zipf import round_budgets, zipf_budgets
+from lightning_sae.allocation import round_budgets, shared_out, zipf_budgets
 
 N_FEATURES = 24_576
 
@@ -61,6 +61,24 @@ def test_offset_defaults_to_a_thousandth_of_the_features():
     assert torch.equal(given, zipf_budgets(32 * 4096, N_FEATURES, maximum=4096))
 
 
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=100), st.data())
+def test_shares_are_in_proportion_to_weights_between_the_bounds(weights, data):
+    minimum = data.draw(st.sampled_from([0.0, 0.25, 1.0]))
+    maximum = minimum + data.draw(st.floats(0.1, 100))
+    share = data.draw(st.floats(0.01, 1))
+    total = len(weights) * (minimum + share * (maximum - minimum))
+    weights = torch.tensor(weights, dtype=torch.float64)
+    budgets = shared_out(total, weights, minimum=minimum, maximum=maximum)
+    assert float(budgets.sum()) == pytest.approx(total, rel=1e-9)
+    assert minimum <= budgets.min() <= budgets.max() <= maximum
+    free = (budgets > minimum * (1 + 1e-9)) & (budgets < maximum * (1 - 1e-9))
+    scale = (budgets / weights)[free]
+    if len(scale):
+        assert (scale / scale[0]).tolist() == pytest.approx([1.0] * len(scale))
+        assert (budgets <= (weights * scale[0]).clamp_min(minimum) * (1 + 1e-9)).all()
+
+
 def test_budgets_of_gpt2_scale():
     budgets = zipf_budgets(32 * 4096, N_FEATURES, maximum=0.2 * 4096)
     assert float(budgets.sum()) == pytest.approx(32 * 4096, abs=1e-6)
@@ -78,7 +96,7 @@ def test_budgets_of_gpt2_scale():
         ({"total": 600, "n_features": 10, "maximum": 50}, r"total=600 .*\.\. 500 .* <= 60\.0 <= m"),
         ({"total": math.nan, "n_features": 10, "maximum": 50}, "total=nan"),
         ({"total": 30, "n_features": 10, "maximum": 0.5}, r"maximum=0\.5"),
-        ({"total": 30, "n_features": 10, "maximum": math.inf}, "maximum=inf finite"),
+        ({"total": 30, "n_features": 10, "maximum": math.inf}, "maximum=inf must be finite"),
         ({"total": 30, "n_features": 0, "maximum": 5}, "n_features=0 must be > 0"),
         ({"total": 30, "n_features": 10, "maximum": 5, "minimum": -1.0}, r"minimum=-1\.0"),
         ({"total": 30, "n_features": 10, "maximum": 5, "exponent": -1.0}, r"exponent=-1\.0"),

@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sae.allocation import feature_choice, midpoint_thresholds, threshold_choice
+from lightning_sae.allocation import (
+    feature_choice,
+    midpoint_thresholds,
+    scaled_thresholds,
+    threshold_choice,
+)
 from tests.allocation.brute_force import affinities, check, midpoints, thorough
 
 
@@ -66,3 +71,34 @@ def test_midpoints_are_as_wide_as_scores():
 def test_impossible_budgets_are_explained(budgets: list[int]):
     with pytest.raises(ValueError, match=r"budgets from -?\d to \d are out of range"):
         midpoint_thresholds(torch.zeros(2, 3), torch.tensor(budgets))
+
+
+@thorough
+@given(affinities(), st.data())
+def test_scaled_thresholds_let_as_many_pairs_through_as_the_budget(
+    affinity: Tensor, data: st.DataObject
+):
+    tokens, features = affinity.shape
+    drawn = st.lists(st.floats(0.125, 8, width=16), min_size=features, max_size=features)
+    thresholds = torch.tensor(data.draw(drawn))
+    budget = data.draw(st.integers(0, tokens * features))
+    found = scaled_thresholds(affinity, thresholds, budget)
+    factor = found / thresholds
+    torch.testing.assert_close(factor, factor[:1].expand(features))
+    multiples = (affinity / thresholds).flatten().sort(descending=True).values
+    multiples = torch.cat([multiples.clamp_min(0), torch.zeros(1)])
+    # Of equal multiples at the cut none is let through, or rounding lets some: unless they differ.
+    allowed = (multiples > multiples[budget] * (1 + 1e-5)).sum().item()
+    most = (multiples > multiples[budget] * (1 - 1e-5)).sum().item()
+    count = len(threshold_choice(affinity, found))
+    assert allowed <= count <= max(allowed, min(most, budget))
+
+
+@pytest.mark.parametrize("first_guess", [1e-6, 1.0, 1e6])
+def test_scaled_thresholds_are_found_wherever_they_were(first_guess: float):
+    affinity = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    thresholds = first_guess * torch.rand(40, generator=torch.Generator().manual_seed(1)).add(0.5)
+    found = scaled_thresholds(affinity, thresholds, 900)
+    assert len(threshold_choice(affinity, found)) == 900
+    everything = scaled_thresholds(affinity, thresholds, 300 * 40)
+    assert len(threshold_choice(affinity, everything)) == (affinity > 0).sum()

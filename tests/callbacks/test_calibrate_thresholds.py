@@ -1,5 +1,6 @@
 """Calibration: the last checkpoint and validation have the exact thresholds."""
 
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -44,15 +45,17 @@ def fit(sae: SparseAutoencoder, folder: Path, *callbacks: pl.Callback) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["mutual", "feature"])
-def test_the_last_checkpoint_keeps_to_the_budget(kind: str, tmp_path: Path):
+def test_the_last_checkpoint_keeps_to_the_budget(kind: str, tmp_path: Path, caplog):
     torch.manual_seed(0)
     sae: SparseAutoencoder
     if kind == "mutual":
         sae = MutualChoiceSAE(8, 24, K)
     else:
         sae = FeatureChoiceSAE(8, 24, K, mutual_choice_share=0, max_density=0.3)
-    fired = (type(sae).load_from_checkpoint(fit(sae, tmp_path, CalibrateThresholds()))).eval()
+    fired = type(sae).load_from_checkpoint(fit(sae, tmp_path))  # without being asked to
     assert (fired.encode(HELD_OUT) > 0).sum().item() == pytest.approx(K * 1000, rel=0.01)
+    told = r"on 1,000 held-out tokens, which had \d\.\d\d matches each before and have 3\.00 now"
+    assert re.search(told, caplog.text)
 
 
 def test_only_as_many_tokens_as_asked_for(tmp_path: Path):
@@ -60,7 +63,7 @@ def test_only_as_many_tokens_as_asked_for(tmp_path: Path):
     fit(sae, tmp_path, CalibrateThresholds(tokens=150))
     sae.eval()
     assert (sae.encode(HELD_OUT[:200]) > 0).sum() == K * 200  # in whole batches
-    assert (sae.encode(HELD_OUT) > 0).sum() != K * 1000
+    assert (sae.encode(HELD_OUT) > 0).sum() != K * 1000  # one's own takes the place of the default
 
 
 def test_an_architecture_without_thresholds_is_left_alone(tmp_path: Path):

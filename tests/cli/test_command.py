@@ -237,7 +237,11 @@ def test_every_optimizer_is_spelled_out(path: Path):
 
 def test_a_budget_below_one_match_a_feature_is_told(tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(arguments("fit", "feature_choice.yaml", model__n_features="9000"))
+        main(
+            arguments(
+                "fit", "feature_choice.yaml", model__n_features="9000", model__min_matches="1"
+            )
+        )
     assert_told(exit_, "batch_size=563 or min_matches", capsys)
     assert not list(tmp_path.iterdir())
 

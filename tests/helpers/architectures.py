@@ -16,7 +16,11 @@ ARCHITECTURES = {
     "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),
     "mutual_choice": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K),
     "feature_choice_uniform": partial(
-        FeatureChoiceSAE, D_MODEL, N_FEATURES, K, budgets="uniform", mutual_choice_share=0
+        FeatureChoiceSAE,
+        *(D_MODEL, N_FEATURES, K),
+        budgets="uniform",
+        per_batch=True,
+        mutual_choice_share=0,
     ),
     "feature_choice_zipf": partial(
         FeatureChoiceSAE, D_MODEL, N_FEATURES, K, mutual_choice_share=0, zipf_exponent=1.0
