@@ -6,6 +6,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any, Final
 
 import torch
@@ -16,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_sae.data import StreamDataModule
 from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["meant", "with_nearest_class", "with_nearest_key"]
+__all__ = ["meant", "meant_file", "with_nearest_class", "with_nearest_key"]
 
 BASES: Final[tuple[type, ...]] = (
     *(SparseAutoencoder, StreamDataModule, Callback, Logger, Strategy),
@@ -29,6 +30,23 @@ def meant(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about a name that is not known; empty if no other is near."""
     nearest = difflib.get_close_matches(name, sorted(set(known)), n=1)
     return f", did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def meant_file(name: str, known: Iterable[str]) -> str:
+    """Return the same about a file, which may be known by a part of its name: `gpt2`, say.
+
+    Args:
+        name: As the user wrote it, with or without folder and ending.
+        known: Paths of the files that there are.
+    """
+    files = sorted(set(known))
+    stem = PurePath(name).stem
+    parts = [file for file in files if len(stem) > 1 and stem in PurePath(file).stem]
+    if parts:
+        return f", did you mean {' or '.join(map(repr, parts))}?"
+    stems = {PurePath(file).stem: file for file in files}
+    nearest = difflib.get_close_matches(stem, stems, n=1)
+    return f", did you mean '{stems[nearest[0]]}'?" if nearest else ""
 
 
 def with_nearest_key(message: str, parsers: Iterable[Any]) -> str:

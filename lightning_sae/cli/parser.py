@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_sae
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, refusals
-from lightning_sae.cli.nearest import meant, with_nearest_class, with_nearest_key
+from lightning_sae.cli.nearest import meant_file, with_nearest_class, with_nearest_key
 
 __all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config", "run_function"]
 
@@ -107,7 +107,7 @@ class ConfigFile(ActionConfigFile):
         """Parse the file and add its keys to `cfg`."""
         parser.reading = f"config={values}\n"
         path = find_config(values)
-        near = "" if Path(path).is_file() else meant(values, _packaged())
+        near = "" if Path(path).is_file() else meant_file(values, _packaged())
         if near:
             parser.error(f"there is no such file{near}")
         try:

@@ -2,12 +2,37 @@
 
 import pytest
 
-from lightning_sae.cli.nearest import meant, with_nearest_class
+from lightning_sae.cli.nearest import meant, meant_file, with_nearest_class
 
 
 def test_the_nearest_is_told_if_one_is_near():
     assert meant("max_stepz", ["min_steps", "max_steps"]) == ", did you mean 'max_steps'?"
     assert meant("nonsense", ["min_steps", "max_steps"]) == ""
+
+
+FILES = ["topk.yaml", "models/gpt2_small.yaml", "trainer/ddp.yaml", "mutual_choice.yaml"]
+FILES += ["feature_choice.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", "'models/gpt2_small.yaml'"),
+        ("gpt2.yaml", "'models/gpt2_small.yaml'"),
+        ("ddp", "'trainer/ddp.yaml'"),
+        ("choice", "'feature_choice.yaml' or 'mutual_choice.yaml'"),
+        ("configs/topk_sae.yaml", "'topk.yaml'"),
+        ("mutualchoice", "'mutual_choice.yaml'"),
+        ("models/gpt2smal.yaml", "'models/gpt2_small.yaml'"),
+    ],
+)
+def test_a_file_is_found_by_what_its_name_contains_or_is_near_to(name, expected):
+    assert meant_file(name, FILES) == f", did you mean {expected}?"
+
+
+@pytest.mark.parametrize("name", ["nonsense", "a", "models/nonsense.yaml", ""])
+def test_no_file_is_made_up(name):
+    assert meant_file(name, FILES) == ""
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,10 @@ def test_a_wrong_key_is_told_with_the_nearest_right_one(
             "fit --config topk.yml",
             "config=topk.yml: there is no such file, did you mean 'topk.yaml'?",
         ),
+        (
+            "fit --config gpt2",
+            "config=gpt2: there is no such file, did you mean 'models/gpt2_small.yaml'?",
+        ),
         ("report --tokns 3", "unrecognized arguments: --tokns 3, did you mean 'tokens'?"),
     ],
 )
