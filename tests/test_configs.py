@@ -57,3 +57,13 @@ def test_what_pairs_are_ranked_by_is_the_same_in_python(path: Path):
     }
     sae = made(d_model=8, **others)
     assert sae.importance == config["init_args"].get("importance", "affinity")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in ALL if path.parent.name in ("models", "data", "sizes")],
+    ids=lambda path: path.stem,
+)
+def test_what_trains_on_something_else_has_runs_of_its_own(path: Path):
+    logger = yaml.safe_load(path.read_text())["trainer"]["logger"]
+    assert logger == {"init_args": {"save_dir": f"runs/{path.stem}"}}  # and keeps the user's class

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
@@ -17,7 +18,7 @@ from lightning_sae.tensor_files import save_tensors
 
 
 class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader without a sampler
-    """Writes the matches of each predicted batch to `<output_dir>/rank0-batch00000.safetensors`.
+    """Writes the matches of each predicted batch to `matches/rank0-batch00000.safetensors`.
 
     A file holds `token`, `feature` (int64) and `value`, one entry a match, and the text
     `[tokens, features]` under `shape` in its metadata. If the batch is a mapping with them, also
@@ -28,23 +29,25 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
 
     Args:
         output_dir: Folder for the files; made if need be. It must not hold such files yet, lest the
-            matches of two runs get mixed.
+            matches of two runs get mixed. None: `matches` in the folder of the run.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
-        self.output_dir = Path(output_dir)
+    def __init__(self, output_dir: str | os.PathLike[str] | None = None) -> None:
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self._folder = Path()  # until a run begins
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the folder.
+        """Find out where the files go.
 
         Raises:
-            ValueError: If it holds the matches of an earlier run.
+            ValueError: If there are those of an earlier run.
         """
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        of_run = Path(str(trainer.log_dir), "matches")  # on all ranks, for they agree on it
+        self._folder = self.output_dir or of_run
         ours = f"{_stem(trainer)}*.safetensors"
-        if ranks_of(trainer).is_first_with_its_tokens and any(self.output_dir.glob(ours)):
+        if ranks_of(trainer).is_first_with_its_tokens and any(self._folder.glob(ours)):
             raise UsageError(
-                f"output_dir={self.output_dir} holds matches already: remove them or name another"
+                f"output_dir={self._folder} holds matches already: remove them or name another"
             )
 
     def on_predict_batch_end(
@@ -72,8 +75,13 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
             tensors |= {name: batch[name] for name in what_was_read if name in batch}
         if "kept" in tensors:
             tensors["kept"] = tensors["kept"].to(torch.uint8)
-        path = self.output_dir / f"{_stem(trainer)}{batch_idx:05d}.safetensors"
+        self._folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
+        path = self._folder / f"{_stem(trainer)}{batch_idx:05d}.safetensors"
         save_tensors(tensors, path, shape=json.dumps(matches.shape))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where the matches are."""
+        rank_zero_info(f"The matches are in {self._folder}")
 
 
 def _stem(trainer: pl.Trainer) -> str:

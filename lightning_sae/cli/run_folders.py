@@ -106,7 +106,7 @@ def _named(trainer: pl.Trainer, subcommand: str) -> dict[Path, str]:
                 folders.append((callback.dirpath, "dirpath"))
             elif not trainer.loggers:
                 folders.append((trainer.default_root_dir, "trainer.default_root_dir"))
-        if subcommand == "predict" and isinstance(callback, WriteMatches):
+        if subcommand == "predict" and isinstance(callback, WriteMatches) and callback.output_dir:
             folders.append((callback.output_dir, "output_dir"))
     return {Path(path).resolve(): key for path, key in folders if "://" not in str(path)}
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -67,6 +68,20 @@ def test_two_runs_are_not_mixed(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir=.*matches holds matches already"):
         predict(tmp_path, FakeSAE(), dataloaders=tensors(2))
     assert [file.read_bytes() for file in (tmp_path / "matches").iterdir()] == [before]
+
+
+def test_each_run_has_a_folder_of_its_own(tmp_path):
+    for version in ("version_0", "version_1"):
+        run = trainer(tmp_path, WriteMatches(), logger=CSVLogger(tmp_path, "runs"))
+        run.predict(FakeSAE(), tensors(1), return_predictions=False)
+        (file,) = (tmp_path / "runs" / version).rglob("*.safetensors")
+        assert file.parent.name == "matches"
+
+
+def test_without_a_logger_they_are_where_the_trainer_writes(tmp_path):
+    run = trainer(tmp_path, WriteMatches())
+    run.predict(FakeSAE(), tensors(1), return_predictions=False)
+    assert (tmp_path / "matches/rank0-batch00000.safetensors").is_file()
 
 
 def test_a_failure_leaves_no_file_under_a_final_name(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_products_are_as_exact_as_the_user_says(given: list[str], monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, capsys):
+def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, capsys, caplog):
     main(arguments("fit", f"{name}.yaml"))
     version = tmp_path / "runs" / name / "version_0"
     checkpoint = version / "checkpoints" / "last.ckpt"
@@ -78,7 +78,9 @@ def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, 
         assert any(line.startswith(f"{row} ") for line in table.splitlines()), table
 
     main(arguments("predict", f"{name}.yaml", ckpt_path=str(checkpoint)))
-    written = sorted((tmp_path / "runs" / name / "matches").glob("*.safetensors"))
+    (folder,) = (tmp_path / "runs" / name).glob("*/matches")
+    assert f"The matches are in {folder.relative_to(tmp_path)}" in caplog.text
+    written = sorted(folder.glob("*.safetensors"))
     matches = load_file(written[0])
     assert matches["value"].min() > 0
     assert matches["token"].max() < matches["kept"].sum()
@@ -207,10 +209,14 @@ def test_a_second_run_resumes_where_the_first_stopped(tmp_path: Path):
 @pytest.mark.parametrize("model", ["gpt2_small", "pythia_160m", "vit"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_overlays_parse_with_every_architecture(name: str, model: str, monkeypatch):
-    monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda self: None)
+    """And name a folder of their own for its runs."""
+    made = []
+    monkeypatch.setattr(SparseAutoencoderCLI, "instantiate_classes", lambda cli: made.append(cli))
     monkeypatch.setattr(SparseAutoencoderCLI, "_run_subcommand", lambda cli, subcommand: None)
     overlays = ["--config", f"models/{model}.yaml", "--config", "trainer/ddp.yaml"]
     main(["fit", "--config", f"{name}.yaml", *overlays])
+    logger = made[0].config.fit.trainer.logger.init_args
+    assert (logger.save_dir, logger.name) == (f"runs/{model}", name)
 
 
 def test_a_large_dictionary_is_stepped_in_chunks(monkeypatch):
