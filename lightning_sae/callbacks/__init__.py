@@ -20,6 +20,7 @@ from lightning_sae.callbacks.save_pretrained import SavePretrained
 from lightning_sae.callbacks.steps_bar import RichStepsBar, TQDMStepsBar
 from lightning_sae.callbacks.stop_on_signal import StopOnSignal
 from lightning_sae.callbacks.throughput import TokensPerSecond
+from lightning_sae.callbacks.top_contexts import TopContexts, top_contexts
 from lightning_sae.callbacks.train_sae import TrainSAE
 from lightning_sae.callbacks.write_matches import WriteMatches
 
@@ -37,10 +38,12 @@ __all__ = [
     "StopOnSignal",
     "TQDMStepsBar",
     "TokensPerSecond",
+    "TopContexts",
     "TrainSAE",
     "WriteMatches",
     "plot_density_histogram",
     "plot_matches_by_loss",
     "plot_matches_per_token",
     "plot_rank_density",
+    "top_contexts",
 ]

@@ -1,8 +1,9 @@
-"""The look of all figures, and where they go."""
+"""The look of all figures, and where they and texts go."""
 
 from __future__ import annotations
 
 import gc
+import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -72,6 +73,23 @@ def add_figures(trainer: pl.Trainer, figures: Mapping[str, Callable[[], Figure]]
     gc.collect()
 
 
+def add_texts(trainer: pl.Trainer, texts: Mapping[str, Callable[[], str]]) -> None:
+    """Write texts, in Markdown, into the loggers that `add_figures` draws into.
+
+    Beside the CSV of a `CSVLogger` they are files, `texts/<name>-<step>.md`.
+
+    Args:
+        trainer: Its loggers, and its step.
+        texts: What makes each one, called only if there is such a logger, by its name there.
+    """
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    writing = [write for write in map(_writing_into, loggers) if write is not None]
+    for name, make in texts.items() if writing else ():
+        text = make()
+        for write in writing:
+            write(name, text, trainer.global_step)
+
+
 Draw = Callable[[str, Any, int], object]
 """Shows a figure, given its name and the step."""
 
@@ -91,18 +109,43 @@ def _drawing_into(logger: Logger) -> Draw | None:
         return lambda name, figure, step: logger.log_image(name, [figure], step)
     if isinstance(logger, MLFlowLogger):
         client, run_id = logger.experiment, logger.run_id
-        return lambda name, figure, step: client.log_figure(run_id, figure, _file(name, step))
+        return lambda name, figure, step: client.log_figure(run_id, figure, _image(name, step))
     if isinstance(logger, CSVLogger):
-        return lambda name, figure, step: _write(figure, f"{logger.log_dir}/{_file(name, step)}")
+        return lambda name, figure, step: _write(_png(figure), logger, _image(name, step))
     return None
 
 
-def _file(name: str, step: int) -> str:
+def _writing_into(logger: Logger) -> Callable[[str, str, int], object] | None:
+    """Return what writes text into a logger; None if we do not know."""
+    if isinstance(logger, TensorBoardLogger):
+        board: Any = logger.experiment
+        return lambda name, text, step: board.add_text(name, text, step)
+    if isinstance(logger, WandbLogger):
+        return lambda name, text, step: logger.log_text(name, ["text"], [[text]], step=step)
+    if isinstance(logger, MLFlowLogger):
+        client, run_id = logger.experiment, logger.run_id
+        return lambda name, text, step: client.log_text(run_id, text, _text(name, step))
+    if isinstance(logger, CSVLogger):
+        return lambda name, text, step: _write(text.encode(), logger, _text(name, step))
+    return None
+
+
+def _image(name: str, step: int) -> str:
     return f"images/{name}-{step:07d}.png"
 
 
-def _write(figure: Figure, path: str) -> None:
+def _text(name: str, step: int) -> str:
+    return f"texts/{name}-{step:07d}.md"
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _write(content: bytes, logger: CSVLogger, name: str) -> None:
+    path = f"{logger.log_dir}/{name}"
     files = get_filesystem(path)  # as the logger finds that of its CSV
     files.makedirs(path.rpartition("/")[0], exist_ok=True)
-    with files.open(path, "wb") as file:
-        figure.savefig(file, format="png")
+    files.pipe_file(path, content)

@@ -15,7 +15,7 @@ from lightning_sae.report.collect import AFTER, BEFORE, Examples, Firings
 from lightning_sae.report.logit_lens import LogitLens
 from lightning_sae.zipf import ZipfFitError, ZipfMandelbrot, fit_zipf
 
-__all__ = ["QUARTERS", "FeatureReport", "Windows"]
+__all__ = ["QUARTERS", "FeatureReport", "Windows", "windows_of"]
 
 QUARTERS: Final = 4
 STATES: Final = ("live", "dying", "dead")
@@ -85,12 +85,12 @@ class FeatureReport:
     @cached_property
     def top(self) -> Windows:
         """The contexts in which each feature has its highest values."""
-        return self._windows(self.firings.top)
+        return windows_of(self.firings.top, self.contexts)
 
     @cached_property
     def sample(self) -> Windows:
         """Firings of each feature drawn at random."""
-        return self._windows(self.firings.sample)
+        return windows_of(self.firings.sample, self.contexts)
 
     @cached_property
     def sample_quarter(self) -> Tensor:
@@ -108,13 +108,20 @@ class FeatureReport:
         ids = ids[ids >= 0].tolist()
         return dict(zip(ids, self.text_of(ids), strict=True))
 
-    def _windows(self, examples: Examples) -> Windows:
-        feature, rank = (examples.place >= 0).nonzero(as_tuple=True)
-        length = self.contexts.shape[1]
-        place = examples.place[feature, rank]
-        context, position = place // length, place % length
-        at = position.unsqueeze(1) + torch.arange(-BEFORE, AFTER + 1)
-        inside = (at >= 0) & (at < length)
-        ids = self.contexts[context.unsqueeze(1), at.clamp(0, length - 1)]
-        values = examples.values[feature, rank]
-        return Windows(feature, rank, context, position, ids.where(inside, -1), values)
+
+def windows_of(examples: Examples, contexts: Tensor) -> Windows:
+    """Return examples with the text around them.
+
+    Args:
+        examples: Of each feature.
+        contexts: The tokens that were read, (contexts, length) int64.
+    """
+    feature, rank = (examples.place >= 0).nonzero(as_tuple=True)
+    length = contexts.shape[1]
+    place = examples.place[feature, rank]
+    context, position = place // length, place % length
+    at = position.unsqueeze(1) + torch.arange(-BEFORE, AFTER + 1)
+    inside = (at >= 0) & (at < length)
+    ids = contexts[context.unsqueeze(1), at.clamp(0, length - 1)]
+    values = examples.values[feature, rank]
+    return Windows(feature, rank, context, position, ids.where(inside, -1), values)

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_sae.callbacks.drawing import add_figures, empty_figure, tensorboards
+from lightning_sae.callbacks.drawing import add_figures, add_texts, empty_figure, tensorboards
 
 
 def test_a_figure_says_what_it_shows_and_on_what_and_belongs_to_no_window():
@@ -62,6 +62,9 @@ class Experiment:
         figure.savefig(io.BytesIO())
         self.seen.append((run_id, artifact_file))
 
+    def log_text(self, run_id, text, artifact_file):  # MlflowClient
+        self.seen.append((run_id, text, artifact_file))
+
 
 def test_every_logger_gets_its_figures_in_its_own_way(tmp_path, monkeypatch):
     """Neither wandb nor mlflow is needed to develop this: what is called is what they document."""
@@ -94,8 +97,30 @@ def test_every_logger_gets_its_figures_in_its_own_way(tmp_path, monkeypatch):
     assert [each.step for each in events.Images("val/one")] == [30]
 
 
+def test_every_logger_gets_its_texts_in_its_own_way(tmp_path, monkeypatch):
+    made = SimpleNamespace(Table=lambda columns, data, dataframe: (columns, data))
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    wandb, mlflow = WandbLogger.__new__(WandbLogger), MLFlowLogger.__new__(MLFlowLogger)
+    wandb._prefix, wandb._wandb_init = "", {}
+    monkeypatch.setattr(WandbLogger, "experiment", Experiment())
+    monkeypatch.setattr(MLFlowLogger, "experiment", Experiment())
+    monkeypatch.setattr(MLFlowLogger, "run_id", "run")
+    board, csv = TensorBoardLogger(tmp_path), CSVLogger(tmp_path, name="", version="table")
+    loggers = [wandb, mlflow, csv, DummyLogger(), board]
+    trainer = SimpleNamespace(is_global_zero=True, loggers=loggers, global_step=30)
+    add_texts(trainer, {"val/one": lambda: "ä"})
+    assert wandb.experiment.seen == [{"val/one": (["text"], [["ä"]]), "trainer/global_step": 30}]
+    assert mlflow.experiment.seen == [("run", "ä", "texts/val/one-0000030.md")]
+    assert (tmp_path / "table/texts/val/one-0000030.md").read_text("utf-8") == "ä"
+    board.experiment.flush()
+    events = EventAccumulator(board.log_dir).Reload()
+    (tag,) = events.Tags()["tensors"]
+    assert events.Tensors(tag)[0].tensor_proto.string_val == ["ä".encode()]
+
+
 def test_nothing_is_drawn_where_nobody_would_see_it(tmp_path):
     dont = {"one": lambda: 1 / 0}
     for is_global_zero, logger in ((True, DummyLogger()), (False, CSVLogger(tmp_path))):
         options = {"is_global_zero": is_global_zero, "loggers": [logger], "global_step": 3}
         add_figures(SimpleNamespace(**options), dont)
+        add_texts(SimpleNamespace(**options), dont)

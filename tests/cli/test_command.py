@@ -102,6 +102,7 @@ def test_the_curves_are_there(tmp_path: Path):
     val |= {"loss_recovered_mean", "loss_recovered_zero", "delta_ce", "ce_clean"}
     assert {f"val/{name}" for name in val} <= scalars
     assert {"val/density_histogram", "val/density_by_rank"} <= set(events.Tags()["images"])
+    assert "val/top_contexts/text_summary" in events.Tags()["tensors"]
     steps = [event.step for event in events.Scalars("val/fvu")]
     assert steps == [1, 3]  # Lightning counts from zero
     assert "_hparams_/session_start_info" in events.summary_metadata  # fills the tab HPARAMS
