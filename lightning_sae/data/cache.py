@@ -48,12 +48,15 @@ class ActivationCache:
     kept_dtype: torch.dtype | None = None
     made_of: Callable[[], Mapping[str, Any]] = dict
 
-    def __call__(self, inputs: Tensor, kept: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, inputs: Tensor, kept: Tensor | None = None, held_out: bool = False
+    ) -> Tensor:
         """Return the activations of these inputs, (inputs, length, d_model).
 
         Args:
             inputs: Tokens or images.
             kept: Which of their positions count, (inputs, length); None: all do.
+            held_out: Whether they are never trained on, which is noted of those that are new.
 
         Raises:
             UsageError: If a file is damaged, holds another shape or type, or cannot be written, or
@@ -68,7 +71,9 @@ class ActivationCache:
         # All of them, though some were found: what a model gives depends on what it reads with it,
         # in the last bits.
         computed = self._rounded(self.read(inputs)).cpu()
-        self.shards.add(keys, computed, self._beside(inputs, kept, shape), self.made_of())
+        beside = self._beside(inputs, kept, shape)
+        beside["held_out"] = torch.full((len(inputs),), held_out, dtype=torch.uint8)
+        self.shards.add(keys, computed, beside, self.made_of())
         rows = [new if old is None else old for new, old in zip(computed, found, strict=True)]
         return self._as_computed(torch.stack(rows))
 

@@ -32,7 +32,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Reader(Protocol):
     """Maps inputs to activations, (inputs, length, d_model)."""
 
-    def __call__(self, inputs: Tensor, kept: Tensor | None = None, /) -> Tensor:
+    def __call__(
+        self, inputs: Tensor, kept: Tensor | None = None, held_out: bool = False, /
+    ) -> Tensor:
         """Return the activations of inputs, of whose positions those count that are kept."""
 
 
@@ -215,7 +217,12 @@ class FrozenModel(ABC):
         """Return the activations of the inputs, (inputs, length, d_model), on this device."""
 
     def _read_only(
-        self, inputs: Tensor, kept: Tensor | None = None, *, device: torch.device
+        self,
+        inputs: Tensor,
+        kept: Tensor | None = None,
+        held_out: bool = False,
+        *,
+        device: torch.device,
     ) -> Tensor:
         return self.read(inputs, device)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar, cast, get_args
+from contextvars import ContextVar
+from typing import Any, ClassVar, Final, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from lightning_sae.data.stream_datamodule import StreamDataModule
 from lightning_sae.residual_stream import ResidualStream
 
 __all__ = ["FrozenModelDataModule"]
+
+_HELD_OUT: Final = ContextVar("held_out", default=False)
+"""Whether what this thread reads is held out: a subclass's `read` stands between who knows and who
+keeps it."""
 
 
 class FrozenModelDataModule(StreamDataModule):
@@ -120,7 +125,16 @@ class FrozenModelDataModule(StreamDataModule):
         """
         read = self.model.reader(self._device, *self.cache_settings)
         kept = self.kept(inputs) if self._reads_inputs_as_they_are else None
-        return of_length(read(inputs, kept), self.positions_per_input, self.noun)
+        states = read(inputs, kept, _HELD_OUT.get())
+        return of_length(states, self.positions_per_input, self.noun)
+
+    def read_held_out(self, inputs: Tensor) -> Tensor:
+        """Return what `read` does of inputs that are held out, which `cache_dir` notes of them."""
+        token = _HELD_OUT.set(True)
+        try:
+            return self.read(inputs)
+        finally:
+            _HELD_OUT.reset(token)
 
     def train_dataloader(self) -> ActivationStream:
         """Return the endless stream of `TrainBatch` dictionaries, from where training was left.
@@ -178,20 +192,24 @@ class FrozenModelDataModule(StreamDataModule):
         if needs is None:
             raise UsageError(f"{self.source} has no length: say of how many steps (max_steps)")
         loaders = {"validation": self.val_dataloader, "test": self.test_dataloader}
-        held_out = (
+        held_out = [
             make().parts() for stage, make in loaders.items() if self._held_out_inputs[stage]
-        )
+        ]
         blocks = itertools.islice(
             StreamDataModule.train_dataloader(self).blocks(0),
             math.ceil(needs.training / self.inputs_per_block),
         )
         training = (block.split(self.inputs_at_once) for block in blocks)
+        parts = itertools.chain(
+            zip(itertools.chain(*held_out), itertools.repeat(self.read_held_out)),
+            zip(itertools.chain.from_iterable(training), itertools.repeat(self.read)),
+        )
         cache = self.model.cache(self._device, str(self.cache_dir), *self.cache_settings[1:])
         with tqdm(total=needs.inputs, desc="Keeping", unit=f" {self.noun}") as bar:
             try:
-                for part in itertools.chain.from_iterable(itertools.chain(held_out, training)):
+                for part, read in parts:
                     if not (self._reads_inputs_as_they_are and cache.holds(part)):
-                        self.read(part)
+                        read(part)
                     bar.update(len(part))
             finally:  # whatever ends it
                 self.model.write_caches()

@@ -33,9 +33,10 @@ class Shards:
     """A folder of activations by input, which is added to in files of one size.
 
     A file holds of so many inputs `activations`, (inputs, length, d_model); `kept`, which of their
-    positions count, (inputs, length) of 1 and 0; `key`, by which an input is found again,
-    (inputs,); and where inputs are tokens `input_ids`, (inputs, length). Its metadata say in JSON
-    what the activations are of. It has its name only when it is complete, and is never changed.
+    positions count, (inputs, length) of 1 and 0; `held_out`, whether it is never trained on,
+    (inputs,) of 1 and 0; `key`, by which an input is found again, (inputs,); and where inputs are
+    tokens `input_ids`, (inputs, length). Its metadata say in JSON what the activations are of. It
+    has its name only when it is complete, and is never changed.
 
     What several processes add at a time they add in files of their own, and see of each other when
     they next open the folder. A process that is killed loses what was to become its next file; any

@@ -31,12 +31,14 @@ class StoredActivationsDataModule(StreamDataModule):
     * a folder written by `Dataset.save_to_disk`, as SAELens' `CacheActivationsRunner` does.
 
     They are read where they lie, in float16, bfloat16, float32 or float64, a few at a time. In
-    safetensors, `kept` (contexts, length) says at which positions to train and measure.
+    safetensors, `kept` (contexts, length) says at which positions to train and measure, and in
+    those of `lightning_sae cache` `held_out` (contexts,) on which contexts not to train.
 
     Args:
         activations: A folder of files of one format, a file, or a pattern such as `layer3/*.npy`.
         column: Tensor or column that holds the vectors. None: the only one that can.
-        held_out: Other files like them, to validate and test on. None: a share of these.
+        held_out: Other files like them, to validate and test on. None: what the files say was held
+            out when they were written; if they say nothing of it, a share of them.
         held_out_share: Share of contexts, or of runs of vectors, to hold out at random, where
             nothing else is there to validate on.
         skip_positions: First positions of each context that are neither trained nor measured on: 1
@@ -197,10 +199,13 @@ class StoredActivationsDataModule(StreamDataModule):
         """The numbers of the inputs to train on, and of those that are held out."""
         distinct = self._vectors.distinct()
         total = len(distinct)
+        apart = self._vectors.held_out()[distinct]
         files, others = self._files
-        if others:
-            first = len(StoredVectors(files, self.run_length, self.skip_positions))
-            train, rest = distinct[distinct < first], distinct[distinct >= first]
+        if others or apart.any():
+            train, rest = distinct[~apart], distinct[apart]
+            if others:
+                first = len(StoredVectors(files, self.run_length, self.skip_positions))
+                train, rest = train[train < first], distinct[distinct >= first]
             held_out = np.random.default_rng((self.seed, 2)).permutation(rest)
             return torch.from_numpy(train), torch.from_numpy(held_out)
         count = max(1, round(total * self.held_out_share)) if self.held_out_share else 0

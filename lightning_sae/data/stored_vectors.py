@@ -68,11 +68,21 @@ class StoredVectors:
 
     def distinct(self) -> NDArray[np.int64]:
         """Return the numbers of the inputs, but for those that files hold once more."""
-        keys = [file.keys for file in self.files]
-        if not self.by_context or any(each is None for each in keys):
+        if self._keys is None:
             return np.arange(len(self))
-        found = torch.cat([each for each in keys if each is not None]).numpy()
-        return np.sort(np.unique(found, return_index=True)[1])
+        return np.sort(np.unique(self._keys, return_index=True)[1])
+
+    def held_out(self) -> NDArray[np.bool_]:
+        """Return which inputs a file says are held out, (inputs,)."""
+        if all(file.held_out is None for file in self.files):
+            return np.zeros(len(self), np.bool_)
+        marks = [
+            torch.zeros(file.shape[0]).bool() if file.held_out is None else file.held_out
+            for file in self.files
+        ]
+        found: NDArray[np.bool_] = torch.cat(marks).numpy()
+        # One run may have held out what another one trained on.
+        return found if self._keys is None else np.isin(self._keys, self._keys[found])
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """Return the vectors of inputs, (inputs, length, d_model), in the dtype of the files."""
@@ -95,6 +105,14 @@ class StoredVectors:
                 found[place, : self.length if self.by_context else end - first] = True
         found[:, : self.skip_positions] = False
         return found
+
+    @cached_property
+    def _keys(self) -> NDArray[np.int64] | None:
+        """What tells inputs from others, (inputs,); None if a file does not say."""
+        keys = [file.keys for file in self.files]
+        if not self.by_context or any(each is None for each in keys):
+            return None
+        return torch.cat([each for each in keys if each is not None]).numpy()
 
     @cached_property
     def _ends(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

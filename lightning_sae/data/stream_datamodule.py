@@ -120,6 +120,10 @@ class StreamDataModule(KeepsPlace, ABC):
         which each process reads a share.
         """
 
+    def read_held_out(self, inputs: Tensor) -> Tensor:
+        """Return the activations of inputs that are held out: those that `read` returns."""
+        return self.read(inputs)
+
     @property
     def tokens_per_input(self) -> int:
         """Positions of an input that are trained on, at most; a block's size follows from it."""
@@ -276,7 +280,7 @@ class StreamDataModule(KeepsPlace, ABC):
         return HeldOutBatches(
             inputs=stacked(inputs, self.source, self.noun),
             kept=self.kept,
-            read=self.read,
+            read=self.read_held_out,
             model_batch_size=self.inputs_at_once,
             source=f"{self._what_is_read}, held-out {self.noun}",
             key=self.input_key,

@@ -42,6 +42,7 @@ class VectorFile:
         made_of: What the file says that the activations are of.
         paths: Where it is; a data set is several files.
         keys: What tells each row from others, int64, (rows,); rows of one key are of one input.
+        held_out: Which rows are not to be trained on, bool, (rows,); None: the file does not say.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +52,7 @@ class VectorFile:
     made_of: Mapping[str, Any]
     paths: tuple[Path, ...]
     keys: Tensor | None = None
+    held_out: Tensor | None = None
 
 
 def open_vectors(named: str, column: str | None, called: str) -> list[VectorFile]:
@@ -143,6 +145,7 @@ def _of_safetensors(path: Path, column: str | None) -> VectorFile:
         str(path),
     )
     kept = slices.get("kept") if shapes.get("kept") == shapes[name][:-1] else None
+    by_row = {each for each, shape in shapes.items() if made_of and shape == shapes[name][:1]}
     return VectorFile(
         _checked_shape(shapes[name], dtypes[name], f"'{path}'"),
         dtypes[name],
@@ -150,7 +153,8 @@ def _of_safetensors(path: Path, column: str | None) -> VectorFile:
         kept=None if kept is None else lambda first, end: kept[first:end].bool(),
         made_of=made_of,
         paths=(path,),
-        keys=slices["key"][:] if made_of and shapes.get("key") == shapes[name][:1] else None,
+        keys=slices["key"][:] if "key" in by_row else None,
+        held_out=slices["held_out"][:].bool() if "held_out" in by_row else None,
     )
 
 

@@ -83,10 +83,14 @@ def test_a_file_says_what_it_holds(tmp_path):
     cache = cached(Reader(), tmp_path, made_of=lambda: {"layer": 2})
     kept = torch.tensor([[0, 1, 1], [0, 0, 1]]).bool()
     whole = cache(IDS, kept)
+    cache(IDS + 7, held_out=True)
+    cache(IDS + 7)  # as the first time says
     cache.shards.write()
     (file,) = tmp_path.iterdir()
     found = load_file(file)
-    assert set(found) == {"activations", "kept", "key", "input_ids"}
+    assert set(found) == {"activations", "kept", "held_out", "key", "input_ids"}
+    assert found.pop("held_out").tolist() == [0, 0, 1, 1]
+    found = {name: each[:2] for name, each in found.items()}
     assert torch.equal(found["activations"], whole)
     assert torch.equal(found["kept"].bool(), kept)
     assert torch.equal(found["input_ids"], IDS.int())
@@ -100,7 +104,7 @@ def test_images_are_no_tokens(tmp_path):
     cache = ActivationCache(lambda x: x[:, :2], shards, CPU, lambda _: (2, 2, 4), torch.float32)
     cache(images)
     shards.write()
-    assert set(load_file(next(tmp_path.iterdir()))) == {"activations", "kept", "key"}
+    assert set(load_file(next(tmp_path.iterdir()))) == {"activations", "kept", "held_out", "key"}
 
 
 @pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16])

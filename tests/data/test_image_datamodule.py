@@ -9,7 +9,7 @@ from transformers import AutoModel, ViTImageProcessorPil, ViTModel
 
 from lightning_sae import MutualChoiceSAE
 from lightning_sae.callbacks import LossRecoveredCallback
-from lightning_sae.data import ImageActivationDataModule
+from lightning_sae.data import ImageActivationDataModule, StoredActivationsDataModule
 from tests.data.tiny import (
     D_MODEL,
     PATCHES,
@@ -92,6 +92,13 @@ def test_a_second_run_takes_all_activations_from_the_cache(make_images, tmp_path
     again = make_images(cache_dir=str(tmp_path))
     assert again.d_model == D_MODEL
     assert same([b["activations"] for b in take(again, 9)], batches)
+
+
+def test_a_folder_says_which_images_were_held_out(make_images, tmp_path):
+    needs = make_images(cache_dir=str(tmp_path)).fill_cache()
+    stored = StoredActivationsDataModule(str(needs.folder))
+    assert len(stored.held_out_inputs()) == needs.held_out == 17
+    assert len(stored.train_inputs()) == 40
 
 
 class SaveEachStep(pl.Callback):

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from safetensors.torch import save_file
 
 from lightning_sae.checks import UsageError
 from lightning_sae.data.stored_vectors import StoredVectors
-from lightning_sae.data.vector_files import open_vectors
+from lightning_sae.data.vector_files import METADATA, open_vectors
 from tests.data.stored import save_npy, vectors
 from tests.data.tiny import D_MODEL, LENGTH
 
@@ -46,6 +48,19 @@ def test_first_positions_and_those_that_a_file_names_are_not_kept(tmp_path):
     assert torch.equal(stored(tmp_path).kept([2, 1]), kept[[2, 1]].bool())
     kept[:, :2] = 0
     assert torch.equal(stored(tmp_path, skip_positions=2).kept([2, 1]), kept[[2, 1]].bool())
+
+
+def test_what_one_of_several_runs_has_held_out_is_held_out(tmp_path):
+    metadata = {METADATA: json.dumps({"layer": 2})}
+    for name, keys, marks in (("a", [5, 6, 7], [0, 0, 1]), ("b", [6, 8], [1, 0]), ("c", [9], None)):
+        tensors = {"a": torch.randn(len(keys), LENGTH, D_MODEL), "key": torch.tensor(keys)}
+        if marks is not None:  # which files of earlier versions do not have
+            tensors["held_out"] = torch.tensor(marks, dtype=torch.uint8)
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata)
+    found = stored(tmp_path)
+    assert found.held_out().tolist() == [False, True, True, True, False, False]
+    assert found.distinct().tolist() == [0, 1, 2, 4, 5]
+    assert not stored(save_npy(tmp_path / "npy", vectors(3))).held_out().any()
 
 
 def test_float64_is_read_as_float32(tmp_path):

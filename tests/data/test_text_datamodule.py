@@ -144,6 +144,30 @@ def test_a_filled_cache_needs_no_model_and_is_a_stream_of_its_own(make, tmp_path
         assert torch.equal(found["kept"].bool(), make().kept(found["input_ids"]))
 
 
+@pytest.mark.parametrize("filled", [False, True])
+def test_what_is_held_out_of_a_run_is_held_out_of_its_folder(make, tmp_path, filled):
+    run = make(cache_dir=str(tmp_path))
+    if filled:
+        run.fill_cache()
+    else:  # in the order of a fit: a validation, some of an epoch, and another validation
+        list(run.val_dataloader())
+        take(run, 20)
+        list(run.val_dataloader())
+        list(run.test_dataloader())
+    run.teardown("fit")
+    (folder,) = tmp_path.iterdir()
+    kept = [load_file(file)["input_ids"] for file in sorted(folder.iterdir())]
+    stored = StoredActivationsDataModule(str(folder), held_out_share=0)
+    trained, held_out = (
+        {tuple(context) for context in torch.cat(kept)[numbers].tolist()}
+        for numbers in (stored.train_inputs(), stored.held_out_inputs())
+    )
+    expected = [*make()._held_out_inputs["validation"], *make()._held_out_inputs["test"]]
+    assert held_out == {tuple(context.tolist()) for context in expected}
+    assert trained <= {tuple(context.tolist()) for context in make().train_inputs()}
+    assert len(trained) + len(held_out) == len(torch.cat(kept))
+
+
 def test_a_cache_that_would_be_too_large_is_refused_before_it_is_begun(make, tmp_path):
     large = make(cache_dir=str(tmp_path), cache_limit_gb=1e-5)
     message = (
