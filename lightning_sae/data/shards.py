@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import weakref
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
@@ -38,9 +40,9 @@ class Shards:
     tokens `input_ids`, (inputs, length). Its metadata say in JSON what the activations are of. It
     has its name only when it is complete, and is never changed.
 
-    What several processes add at a time they add in files of their own, and see of each other when
-    they next open the folder. A process that is killed loses what was to become its next file; any
-    other end writes that first, be it smaller.
+    What several processes add at a time they add in files of their own, which the others see when
+    they next look for what they do not have. A process that is killed loses what was to become its
+    next file; any other end writes that first, be it smaller.
 
     Args:
         folder: Where the files are; made if need be.
@@ -61,14 +63,14 @@ class Shards:
         self.limit = limit
         self.shard_bytes = shard_bytes
         self.files: list[Path] = []
+        self._names: set[str] = set()  # of these
         self._lock = RLock()
         self._keys: NDArray[np.int64] = np.empty(0, np.int64)  # sorted
         self._places: NDArray[np.int64] = np.empty((0, 2), np.int64)  # a file, and a row of it
         self._next = _NextFile()
         self._full = False
         self._opened: dict[Path, Any] = {}  # maps, which hold no descriptors
-        there = sorted(folder.glob(NAME))
-        self._list(there, [self._of_file(file, "key").numpy() for file in there])
+        self._look()
         # Whatever ends the process, but for a kill.
         weakref.finalize(self, _write_at_exit, self._next, folder, limit)
 
@@ -87,6 +89,8 @@ class Shards:
             UsageError: If a file is damaged.
         """
         with self._lock:
+            if not self.holds(keys):
+                self._look()
             return [self._find(key) for key in keys]
 
     def add(
@@ -144,6 +148,14 @@ class Shards:
             self._list([file], [keys])
             self._next.clear()
 
+    def _look(self) -> None:
+        """List the files that others have added since."""
+        with os.scandir(self.folder) as entries:  # there may be thousands, at each look
+            names = sorted(each.name for each in entries if each.name not in self._names)
+        new = [self.folder / name for name in names if fnmatch(name, NAME)]
+        if new:
+            self._list(new, [self._of_file(file, "key").numpy() for file in new])
+
     def _list(self, files: Sequence[Path], keys: Sequence[NDArray[np.int64]]) -> None:
         numbers = range(len(self.files), len(self.files) + len(files))
         places = [
@@ -151,6 +163,7 @@ class Shards:
             for n, k in zip(numbers, keys, strict=True)
         ]
         self.files += files
+        self._names.update(file.name for file in files)
         # What several processes have added comes twice: the first file's counts.
         self._keys, first = np.unique(np.concatenate([self._keys, *keys]), return_index=True)
         self._places = np.concatenate([self._places, *places])[first]

@@ -83,8 +83,14 @@ def test_two_at_a_time_do_each_other_no_harm(tmp_path):
     add(other, 3, 4, 5, 6)
     add(other, 7)
     other.write()
-    assert found(one, 1, 5) == [1, None]
-    assert found(other, 5, 1) == [5, None]
+    assert found(one, 1, 5) == [1, 5]
+    assert found(other, 5, 1) == [5, 1]
+    size = len(list(tmp_path.iterdir()))
+    add(one, 5, 6, 7)
+    one.write()
+    assert len(list(tmp_path.iterdir())) == size  # nobody adds what another has
+    add(one, 8, 9)
+    assert found(other, 8) == [None]  # in no file yet
     both = shards(tmp_path)
     assert found(both, *range(1, 8)) == list(range(1, 8))
     assert len(both) == 7
