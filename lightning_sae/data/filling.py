@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class CacheNeeds:
         bytes_per_input: Of its activations.
         folder: Where they are kept.
         noun: What messages call inputs, in the plural.
+        there: Returns how many of them are kept there already; asked only where that decides.
     """
 
     training: int
@@ -29,6 +31,7 @@ class CacheNeeds:
     bytes_per_input: int
     folder: Path
     noun: str
+    there: Callable[[], int] = lambda: 0
 
     @property
     def inputs(self) -> int:
@@ -44,7 +47,7 @@ class CacheNeeds:
         return f"{self.inputs:,} {self.noun} take {self.gigabytes:.3g} GB in '{self.folder}'"
 
     def require_room(self, limit_gb: float, *, may_halve: bool) -> None:
-        """Raise UsageError if they take more than the limit, or than the disk has room for.
+        """Raise UsageError if the folder would go beyond the limit, or the disk has no room.
 
         Args:
             limit_gb: The limit.
@@ -57,9 +60,21 @@ class CacheNeeds:
             raise UsageError(
                 f"cache_dir: {self}, more than cache_limit_gb={limit_gb:g}: raise it, {instead}"
             )
-        there = bytes_in(self.folder) if self.folder.is_dir() else 0
+        held = bytes_in(self.folder) / 1e9 if self.folder.is_dir() else 0.0
         places = (self.folder, *self.folder.absolute().parents)
         nearest = next(place for place in places if place.is_dir())
-        room = (there + shutil.disk_usage(nearest).free) / 1e9
-        if self.gigabytes > room:
-            raise UsageError(f"cache_dir: {self}, which has room for {room:.3g}: {instead}")
+        free = shutil.disk_usage(nearest).free / 1e9
+        missing = self.gigabytes
+        if missing > min(free, limit_gb - held) and held:
+            missing = (self.inputs - self.there()) * self.bytes_per_input / 1e9
+        if held + missing > limit_gb:
+            raise UsageError(
+                f"cache_dir: {self}, {missing:.3g} of which are not there yet, beside {held:.3g} "
+                f"that are: more than cache_limit_gb={limit_gb:g}: raise it, name another folder, "
+                f"{instead}"
+            )
+        if missing > free:
+            raise UsageError(
+                f"cache_dir: {self}, {missing:.3g} of which are not there yet, and the disk has "
+                f"room for {free:.3g}: {instead}"
+            )

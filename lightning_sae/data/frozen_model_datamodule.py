@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final, cast, get_args
 
@@ -19,6 +20,7 @@ from lightning_sae.checks import (
     require_positive,
 )
 from lightning_sae.data.blocks import NumberedInputs, of_length
+from lightning_sae.data.cache import ActivationCache
 from lightning_sae.data.filling import CacheNeeds
 from lightning_sae.data.frozen_model import Dtype, FrozenModel
 from lightning_sae.data.stream import ActivationStream
@@ -155,7 +157,8 @@ class FrozenModelDataModule(StreamDataModule):
             batches: Those that it trains on. None: nobody knows how many, so all there are.
 
         Raises:
-            UsageError: If that is more than `cache_limit_gb`, or than the disk has room for.
+            UsageError: If with what is there that is more than `cache_limit_gb`, or than the disk
+                has room for.
         """
         inputs = self._train_inputs
         training = len(cast(NumberedInputs, inputs)) if hasattr(inputs, "__len__") else None
@@ -172,6 +175,7 @@ class FrozenModelDataModule(StreamDataModule):
             bytes_per_input=length * self.d_model * getattr(torch, dtype).itemsize,
             folder=self.model.cache_folder(str(self.cache_dir), self.cache_dtype),
             noun=self.noun,
+            there=lambda: min(self._kept_of(training), needs.inputs),
         )
         needs.require_room(self.cache_limit_gb, may_halve=dtype == "float32")
         return needs
@@ -191,20 +195,11 @@ class FrozenModelDataModule(StreamDataModule):
         needs = self.cache_needs(batches)
         if needs is None:
             raise UsageError(f"{self.source} has no length: say of how many steps (max_steps)")
-        loaders = {"validation": self.val_dataloader, "test": self.test_dataloader}
-        held_out = [
-            make().parts() for stage, make in loaders.items() if self._held_out_inputs[stage]
-        ]
-        blocks = itertools.islice(
-            StreamDataModule.train_dataloader(self).blocks(0),
-            math.ceil(needs.training / self.inputs_per_block),
-        )
-        training = (block.split(self.inputs_at_once) for block in blocks)
         parts = itertools.chain(
-            zip(itertools.chain(*held_out), itertools.repeat(self.read_held_out)),
-            zip(itertools.chain.from_iterable(training), itertools.repeat(self.read)),
+            zip(self._held_out_parts(), itertools.repeat(self.read_held_out)),
+            zip(self._training_parts(needs.training, 0), itertools.repeat(self.read)),
         )
-        cache = self.model.cache(self._device, str(self.cache_dir), *self.cache_settings[1:])
+        cache = self._activation_cache
         with tqdm(total=needs.inputs, desc="Keeping", unit=f" {self.noun}") as bar:
             try:
                 for part, read in parts:
@@ -260,6 +255,32 @@ class FrozenModelDataModule(StreamDataModule):
     def residual_stream(self) -> ResidualStream:
         """The layer of the frozen model, on the trainer's device; loaded at first use."""
         return self.model.residual_stream(self._device)
+
+    @property
+    def _activation_cache(self) -> ActivationCache:
+        return self.model.cache(self._device, str(self.cache_dir), *self.cache_settings[1:])
+
+    def _held_out_parts(self) -> Iterator[Tensor]:
+        """Yield what is held out as it is read."""
+        loaders = {"validation": self.val_dataloader, "test": self.test_dataloader}
+        for stage, make in loaders.items():
+            if self._held_out_inputs[stage]:
+                yield from make().parts()
+
+    def _training_parts(self, count: int, first: int) -> Iterator[Tensor]:
+        """Yield the blocks of so many inputs, from `first` on, as they are read."""
+        blocks = StreamDataModule.train_dataloader(self).blocks(first)
+        for block in itertools.islice(blocks, math.ceil(count / self.inputs_per_block)):
+            yield from block.split(self.inputs_at_once)
+
+    def _kept_of(self, training: int) -> int:
+        """Return how many inputs of a run are in the cache: at most, where that takes reading."""
+        if not (self._reads_inputs_as_they_are and hasattr(self._train_inputs, "__len__")):
+            return len(self._activation_cache.shards)
+        first, _ = self._start()
+        parts = itertools.chain(self._held_out_parts(), self._training_parts(training, first))
+        cache = self._activation_cache
+        return sum(cache.holds(each[None]) for part in parts for each in part)
 
     @property
     def _reads_inputs_as_they_are(self) -> bool:

@@ -184,6 +184,17 @@ def test_a_cache_that_would_be_too_large_is_refused_before_it_is_begun(make, tmp
         endless.fill_cache()
 
 
+def test_what_another_run_has_kept_is_told_from_what_this_one_needs(make, tmp_path):
+    kept = make(cache_dir=str(tmp_path)).fill_cache()
+    there = sum(file.stat().st_size for file in kept.folder.iterdir()) / 1e9
+    again = make(cache_dir=str(tmp_path), cache_limit_gb=1.01 * there)
+    again.train_dataloader()  # all that it needs is there
+    other = make(cache_dir=str(tmp_path), cache_limit_gb=1.01 * there, context_length=LENGTH // 2)
+    message = r"are not there yet, beside .* that are: more than cache_limit_gb"
+    with pytest.raises(UsageError, match=message):
+        other.train_dataloader()
+
+
 def test_d_model_needs_no_weights(make, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     assert make().d_model == D_MODEL
