@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -32,17 +33,20 @@ def recorded_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name in NOTED}
 
 
-def recorded_activations(record: Mapping[str, Any], tokens: int) -> Tensor | None:
+def recorded_activations(
+    record: Mapping[str, Any], tokens: int, said: Mapping[str, Any] = MappingProxyType({})
+) -> Tensor | None:
     """Return held-out activations of what an SAE was trained on; None, and why, if none are there.
 
     Args:
         record: As `SparseAutoencoder.record`.
         tokens: How many, at most.
+        said: What counts in place of the record, by the arguments of `ActivationDataModule`.
 
     Returns:
         Shape (tokens, d_model).
     """
-    settings = recorded_settings(record)
+    settings = {**recorded_settings(record), **said}
     if not {"model_name", "layer", "text"} <= settings.keys():
         rank_zero_warn("What the SAE was trained on is not known: no real activations are read")
         return None

@@ -27,6 +27,7 @@ def report(
     tokens: int = 250_000,
     split: Split = "held_out",
     model_name: str | None = None,
+    layer: int | str | None = None,
     text: str | None = None,
     device: str = "auto",
 ) -> None:
@@ -40,16 +41,21 @@ def report(
         format: A page, or files of which Neuronpedia's tools make dashboards.
         tokens: Tokens to read. The more, the rarer the features of which something is seen.
         split: Whether to read text that was held out, or that was trained on, which is more.
-        model_name: The language model, if it is no longer where it was in training.
-        text: The text to read, if it is no longer where it was, or another is wanted.
+        model_name: The language model, if it is no longer where it was in training, or the SAE
+            does not note it.
+        layer: The layer whose output the SAE is for, if it does not note it.
+        text: The text to read, if it is no longer where it was, another is wanted, or the SAE does
+            not note it.
         device: What to compute on: cpu, cuda, or auto, which is a GPU if there is one.
     """
     page = format == "page"
     where = _checked(output or ("report.html" if page else "neuronpedia"), page=page)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    sae = trained(ckpt_path, device)
-    data = _data_of(sae, ckpt_path, {"model_name": model_name, "text": text})
+    named = {"model_name": model_name, "layer": layer, "text": text}
+    said = {name: value for name, value in named.items() if value is not None}
+    sae = trained(ckpt_path, device, said)
+    data = _data_of(sae, ckpt_path, said)
     if not (page or isinstance(data.model.layer, int)):
         raise UsageError(
             f"format={format}: Neuronpedia knows layers by numbers of blocks, and the SAE is of "
@@ -77,24 +83,31 @@ def _checked(output: str, *, page: bool) -> Path:
     return path
 
 
-def _data_of(
-    sae: SparseAutoencoder, path: str, changes: dict[str, str | None]
-) -> ActivationDataModule:
-    """Return the data module that the SAE was trained with, as its record says.
+def _data_of(sae: SparseAutoencoder, path: str, said: dict[str, int | str]) -> ActivationDataModule:
+    """Return the data module that the SAE was trained with, as its record and the user say.
 
     Args:
         sae: A trained one.
         path: What messages call it.
-        changes: What the user says instead; None: nothing.
+        said: What the user says, which counts.
     """
     trained_on: dict[str, Any] = sae.record.get("trained_on", {})
-    if "text" not in trained_on:
-        found = "images" if "images" in trained_on else "nothing"
+    if "images" in trained_on:
         raise UsageError(
-            f"ckpt_path={path}: a report reads the text that an SAE was trained on, and this one "
-            f"notes {found} of the kind"
+            f"ckpt_path={path}: this SAE was trained on images, and a report reads text"
         )
-    noted = recorded_settings(sae.record)
-    data = ActivationDataModule(**noted | {n: v for n, v in changes.items() if v is not None})
+    settings = recorded_settings(sae.record) | said
+    missing = [f"--{name}" for name in ("model_name", "layer", "text") if name not in settings]
+    if missing:
+        raise UsageError(
+            f"ckpt_path={path} does not note all of what the SAE was trained on: "
+            f"say {', '.join(missing)}"
+        )
+    data = ActivationDataModule(**settings)
     compare(data.state_dict(), {"activations": trained_on}, resumed=False, source=data.source)
+    if data.d_model != sae.d_model:
+        raise UsageError(
+            f"{data.model} gives activations {data.d_model} wide, and ckpt_path={path} is for "
+            f"those {sae.d_model} wide"
+        )
     return data

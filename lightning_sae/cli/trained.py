@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 
 from lightning_sae.architectures import load
@@ -13,17 +17,22 @@ from lightning_sae.sae import SparseAutoencoder
 __all__ = ["imported", "trained"]
 
 
-def trained(path: str, device: str | torch.device = "cpu") -> SparseAutoencoder:
+def trained(
+    path: str, device: str | torch.device = "cpu", said: Mapping[str, Any] = MappingProxyType({})
+) -> SparseAutoencoder:
     """Return the SAE that a path names, ready for inference.
 
     Args:
         path: What `lightning_sae.load` takes, or `lightning_sae.interop.load_foreign`.
         device: Where it is to be.
+        said: What the user says of the activations that it is for, as `imported` takes it.
 
     Raises:
         UsageError: If there is none, or it is damaged.
     """
-    return imported(path).to(device) if is_foreign(path) else load(path, map_location=device)
+    if is_foreign(path):
+        return imported(path, said=said).to(device)
+    return load(path, map_location=device)
 
 
 def imported(
@@ -31,6 +40,7 @@ def imported(
     k: int | None = None,
     data: StreamDataModule | None = None,
     tokens: int = 16_384,
+    said: Mapping[str, Any] = MappingProxyType({}),
 ) -> SparseAutoencoder:
     """Return the SAE of another library as one of this package's, ready for inference.
 
@@ -39,11 +49,13 @@ def imported(
         k: As `lightning_sae.interop.unfold` takes it.
         data: The activations it is for. Default: what its files say, if anything.
         tokens: How many of these its mean and scale are measured on.
+        said: What counts in place of what its files say, by the arguments of
+            `ActivationDataModule`.
 
     Raises:
         UsageError: If there is none, it is damaged, or of a kind that is not read.
     """
     folded = load_foreign(path)
     if data is None:
-        return unfold(folded, k, recorded_activations(folded.record, tokens))
+        return unfold(folded, k, recorded_activations(folded.record, tokens, said))
     return unfold(folded, k, held_out_activations(data, tokens))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sae import SparseAutoencoder
+from lightning_sae import SparseAutoencoder, TopKSAE
 from lightning_sae.cli import main
+from lightning_sae.interop import export
 from tests.data.tiny import LENGTH, save_model
 from tests.report.test_page import data_in
 from tests.report.tiny_sae import trained_in
@@ -64,6 +65,20 @@ def test_a_model_that_has_moved_can_be_named(folder: str, tmp_path: Path):
     assert data_in(page.read_text())["title"] == "TopKSAE on layer 1 of elsewhere"
 
 
+@pytest.mark.parametrize("kind", ["folder", "foreign"])
+def test_what_an_sae_does_not_note_can_be_said(tmp_path: Path, kind: str):
+    sae, path = TopKSAE(256, 24, 3).eval(), str(tmp_path / "sae")
+    if kind == "folder":
+        sae.save_pretrained(path)
+    else:
+        export(sae, "sparsify", path)
+        path = f"sparsify:{path}"
+    page = tmp_path / "report.html"
+    line = ["report", f"--ckpt_path={path}", f"--output={page}", "--tokens=256"]
+    main([*line, "--model_name=quickstart", "--text=quickstart", "--layer=2"])
+    assert data_in(page.read_text())["title"] == "TopKSAE on layer 2 of quickstart"
+
+
 def refused(*line: str, capsys) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(["report", *line])
@@ -87,7 +102,16 @@ def test_mistakes_are_told_in_a_line_before_anything_is_read(folder, sae, tmp_pa
     )
     sae.record = {}
     sae.save_pretrained(folder)
-    assert "notes nothing of the kind" in refused(given, page, capsys=capsys)
+    every = "does not note all of what the SAE was trained on: say --model_name, --layer, --text"
+    assert every in refused(given, page, capsys=capsys)
+    text = f"--text={tmp_path / 'text.jsonl'}"
+    told = refused(given, page, text, f"--model_name={other}", capsys=capsys)
+    assert "was trained on: say --layer" in told
+    wider = ["--model_name=quickstart", "--layer=2", text]
+    assert "256 wide, and ckpt_path=" in refused(given, page, *wider, capsys=capsys)
+    sae.record = {"trained_on": {"model_name": "vit", "layer": 1, "images": "folder"}}
+    sae.save_pretrained(folder)
+    assert "this SAE was trained on images" in refused(given, page, *wider, capsys=capsys)
     assert not list(tmp_path.glob("report.*"))
 
 
