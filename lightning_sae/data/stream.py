@@ -104,7 +104,8 @@ class ActivationStream:
         """Yield this rank's share of every batch from the cursor on.
 
         Raises:
-            UsageError: If activations are not finite, or a block gives less than one batch.
+            UsageError: If activations are not finite, or a block gives less than one batch, or
+                none of its positions counts.
         """
         share = self.batch_size // self.ranks.size
         start, first = self.start()
@@ -163,6 +164,11 @@ class ActivationStream:
 
     def _order(self, block: int, kept: Tensor) -> Tensor:
         tokens = kept.flatten().nonzero().squeeze(1)
+        if not len(tokens):
+            raise UsageError(
+                f"{self.source}, block {block}: none of its {kept.numel()} positions counts "
+                "(`kept` is 0 at all of them), so there is nothing to train on"
+            )
         if len(tokens) < self.batch_size:
             raise UsageError(
                 f"batch_size={self.batch_size}: block {block} has only {len(tokens)} tokens to "
@@ -207,8 +213,13 @@ class HeldOutBatches:
         """Yield every n-th batch, n the number of ranks.
 
         Raises:
-            UsageError: If activations are not finite.
+            UsageError: If activations are not finite, or no position of any input counts.
         """
+        if not self.kept(self.inputs).any():
+            raise UsageError(
+                f"{self.source}: none of their positions counts (`kept` is 0 at all of them), so "
+                "there is nothing to measure"
+            )
         # Equal numbers of batches, no batch empty: collectives hang when a rank has one less.
         ranks, batches = self.ranks, self.parts()
         firsts = itertools.accumulate((len(inputs) for inputs in batches), initial=0)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_sae.checks import UsageError
 from lightning_sae.data import ActivationStream, HeldOutBatches
 from lightning_sae.parallel import Ranks
 from tests.helpers.ddp import WORLD_SIZE, run_on_two
@@ -275,3 +276,15 @@ def test_two_ranks_together_get_what_one_gets():
         in_order = [batch for pair in zip(both[0][2], both[1][2], strict=True) for batch in pair]
         ids = torch.cat([batch["input_ids"] for batch in in_order])
         assert torch.equal(ids, torch.cat([batch["input_ids"] for batch in one[2]])), case
+
+
+def test_that_no_position_counts_is_told_and_no_advice_given_that_does_not_help():
+    def nothing(input_ids):
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+
+    message = r"^model_name='tiny', block 0: none of its 35 positions counts \(`kept` is 0 at"
+    with pytest.raises(UsageError, match=message):
+        take(1, kept=nothing)
+    held_out = HeldOutBatches(BLOCK_TOKENS, nothing, read, MODEL_BATCH, "the text, held out")
+    with pytest.raises(UsageError, match=r"^the text, held out: none of their positions counts"):
+        list(held_out)
