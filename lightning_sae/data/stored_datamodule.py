@@ -167,11 +167,14 @@ class StoredActivationsDataModule(StreamDataModule):
 
     @cached_property
     def _fingerprint(self) -> str | None:
-        return fingerprint(self._vectors)
+        return fingerprint(self._only(self._vectors.distinct().tolist()))
 
     @cached_property
     def _inputs_fingerprint(self) -> str | None:
-        return fingerprint(Subset(cast(Any, self._vectors), self._numbers[0].tolist()))
+        return fingerprint(self._only(self._numbers[0].tolist()))
+
+    def _only(self, numbers: list[int]) -> Subset[Tensor]:
+        return Subset(cast(Any, self._vectors), numbers)
 
     @cached_property
     def _vectors(self) -> StoredVectors:

@@ -56,9 +56,10 @@ class StoredVectors:
 
     @property
     def vectors(self) -> int:
-        """Vectors in all files, those that are not kept included."""
-        per_row = self.length if self.by_context else 1
-        return sum(file.shape[0] for file in self.files) * per_row
+        """Vectors in all files, those that are not kept included; of what is there twice, once."""
+        if self.by_context:
+            return len(self.distinct()) * self.length
+        return sum(file.shape[0] for file in self.files)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -90,16 +90,31 @@ def test_other_files_may_be_held_out(make, tmp_path):
     assert rows(measured) <= rows(torch.from_numpy(vectors(20, seed=1)).float().view(-1, D_MODEL))
 
 
-def test_what_two_processes_have_kept_is_one_input(tmp_path):
-    processes = [Shards(tmp_path / "kept", limit=1e9) for _ in range(2)]
-    for shards, keys in zip(processes, (range(40), range(40, 0, -1)), strict=True):
+def keep(folder, *of_processes):
+    """Each keeps inputs of its own, whose keys are their values."""
+    processes = [Shards(folder, limit=1e9) for _ in of_processes]
+    for shards, keys in zip(processes, of_processes, strict=True):
         x = torch.tensor([float(key) for key in keys])[:, None, None].expand(-1, LENGTH, D_MODEL)
         shards.add(list(keys), x, {}, {"model_name": "small"})
         shards.write()
-    data = StoredActivationsDataModule(tmp_path / "kept", held_out_share=0.5)
+    return folder
+
+
+def test_what_two_processes_have_kept_is_one_input(tmp_path):
+    folder = keep(tmp_path / "kept", range(40), range(40, 0, -1))
+    data = StoredActivationsDataModule(folder, held_out_share=0.5)
     numbers = data.train_inputs(), data.held_out_inputs()
     parts = [data.read(each)[:, 0, 0].tolist() for each in numbers]
     assert sorted(itertools.chain(*parts)) == list(range(41))
+
+
+def test_what_is_there_twice_is_noted_once(tmp_path):
+    once, twice = keep(tmp_path / "once", range(40)), keep(tmp_path / "twice", range(40))
+    file = next(twice.iterdir())
+    (twice / "activations-z.safetensors").write_bytes(file.read_bytes())
+    noted, expected = (StoredActivationsDataModule(each).description for each in (twice, once))
+    assert noted == expected
+    assert noted["vectors"] == 40 * LENGTH
 
 
 def of_rank(rank, folder):
