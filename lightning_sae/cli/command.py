@@ -38,7 +38,7 @@ from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import StreamDataModule
-from lightning_sae.interop import is_foreign
+from lightning_sae.interop import FoldedSAE, is_foreign, load_foreign
 
 __all__ = ["SparseAutoencoderCLI", "main"]
 
@@ -105,6 +105,8 @@ def main(args: ArgsType = None) -> None:
 class SparseAutoencoderCLI(LightningCLI):
     """LightningCLI that links the SAE's width to the data and refuses runs that cannot work."""
 
+    _foreign: FoldedSAE | None = None
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose `--config` also finds packaged configurations."""
         kwargs.setdefault("dump_header", [f"lightning_sae=={lightning_sae.__version__}"])
@@ -140,7 +142,9 @@ class SparseAutoencoderCLI(LightningCLI):
         measures = self.config.get("subcommand") not in ("fit", None)
         if measures and not isinstance(args, dict | Namespace):
             given = sys.argv[1:] if args is None else args
-            tokens = with_its_settings(given, config)
+            path = config.get("ckpt_path") or ""
+            self._foreign = load_foreign(path) if is_foreign(path) else None
+            tokens = with_its_settings(given, config, self._foreign)
             if tokens != list(given):
                 self.config = parser.parse_args(tokens)
                 packaged, config = config, self._settings
@@ -229,9 +233,12 @@ class SparseAutoencoderCLI(LightningCLI):
     def _run(self, subcommand: str, **kwargs: Any) -> None:
         path: Any = kwargs.get("ckpt_path")
         measured = subcommand != "fit" and path is not None
-        if measured and (is_foreign(path) or Path(path).is_dir()):
-            read = of_another_library if is_foreign(path) else of_folder
-            kwargs |= {"model": read(self.model, self.datamodule, path), "ckpt_path": None}
+        if measured and is_foreign(path):
+            foreign, self._foreign = self._foreign or load_foreign(path), None
+            sae = of_another_library(self.model, self.datamodule, foreign)
+            kwargs |= {"model": sae, "ckpt_path": None}
+        elif measured and Path(path).is_dir():
+            kwargs |= {"model": of_folder(self.model, self.datamodule, path), "ckpt_path": None}
         else:
             self._check_checkpoint(subcommand, path)
         with own_folders(self.trainer, subcommand):

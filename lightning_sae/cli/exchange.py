@@ -48,6 +48,6 @@ def import_sae(path: str, output: str, k: int | None = None, tokens: int = 16_38
     folder = Path(output).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"output={output} holds files already: remove them or name another")
-    sae = imported(path, k, tokens=tokens)
+    sae = imported(interop.load_foreign(path), k, tokens=tokens)
     sae.save_pretrained(folder)
     print(f"{output} holds a {type(sae).__name__}: lightning_sae.load({output!r})")

@@ -16,7 +16,7 @@ from lightning_sae.cli.parser import find_config
 from lightning_sae.cli.trained import imported
 from lightning_sae.data import StreamDataModule
 from lightning_sae.data.provenance import require_same_activations
-from lightning_sae.interop import is_foreign, load_foreign, unfold
+from lightning_sae.interop import FoldedSAE, unfold
 from lightning_sae.pretrained import config_of
 from lightning_sae.sae import SparseAutoencoder
 
@@ -25,7 +25,9 @@ __all__ = ["of_another_library", "of_folder", "tell_changes", "with_its_settings
 ACTIVATIONS: Final = ("model_name", "layer", "model_dtype")
 
 
-def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
+def with_its_settings(
+    tokens: Sequence[str], config: Any, foreign: FoldedSAE | None = None
+) -> list[str]:
     """Return a command line that measures a checkpoint with what it was trained with.
 
     Its number of features, k and importance, and the model, layer and dtype it read come after the
@@ -36,9 +38,10 @@ def with_its_settings(tokens: Sequence[str], config: Any) -> list[str]:
     Args:
         tokens: The command line.
         config: What it was parsed to, of its subcommand.
+        foreign: The SAE of another library that it names. None: it names none.
     """
-    if is_foreign(config.get("ckpt_path") or ""):
-        return [*tokens, *_of_foreign(config)]
+    if foreign is not None:
+        return [*tokens, *_of_foreign(foreign, config)]
     place = _after_packaged(tokens)
     if place == 0 or not config.get("ckpt_path"):
         return list(tokens)
@@ -82,22 +85,24 @@ def of_folder(model: SparseAutoencoder, data: Any, folder: str) -> SparseAutoenc
     return sae
 
 
-def of_another_library(model: SparseAutoencoder, data: Any, path: str) -> SparseAutoencoder:
+def of_another_library(
+    model: SparseAutoencoder, data: Any, foreign: FoldedSAE
+) -> SparseAutoencoder:
     """Return the SAE that another library has written, to be measured on some data.
 
     Args:
         model: One with the settings that `with_its_settings` found.
         data: A data module, on whose activations its mean and scale are measured.
-        path: As `lightning_sae.interop.load_foreign` takes it.
+        foreign: As `lightning_sae.interop.load_foreign` returns it.
 
     Raises:
-        UsageError: If there is none, or it is for activations of another width.
+        UsageError: If it is for activations of another width.
     """
     activations = data if isinstance(data, StreamDataModule) else None
-    sae = imported(path, model.hparams.get("k"), activations)
+    sae = imported(foreign, model.hparams.get("k"), activations)
     if sae.d_model != model.d_model:
         raise UsageError(
-            f"ckpt_path={path} is for activations {sae.d_model} wide, not d_model={model.d_model}"
+            f"ckpt_path: it is for activations {sae.d_model} wide, not d_model={model.d_model}"
         )
     return sae
 
@@ -119,12 +124,9 @@ def tell_changes(packaged: Any, config: Any) -> None:
         rank_zero_warn(f"Measured with what is in the checkpoint: {', '.join(changed)}")
 
 
-def _of_foreign(config: Any) -> list[str]:
-    """Return class and settings of another library's SAE; nothing if it is none."""
-    try:
-        sae = unfold(load_foreign(config.ckpt_path), config.model.get("init_args", {}).get("k"))
-    except UsageError:  # which is told when the run begins
-        return []
+def _of_foreign(foreign: FoldedSAE, config: Any) -> list[str]:
+    """Return class and settings of another library's SAE."""
+    sae = unfold(foreign, config.model.get("init_args", {}).get("k"))
     names = ("n_features", *sae.code_settings)
     settings = {name: sae.hparams[name] for name in names if name in sae.hparams}
     return [f"--model=lightning_sae.{type(sae).__name__}", *_as_options("model", settings)]

@@ -11,7 +11,7 @@ import torch
 from lightning_sae.architectures import load
 from lightning_sae.cli.recorded import held_out_activations, recorded_activations
 from lightning_sae.data import StreamDataModule
-from lightning_sae.interop import is_foreign, load_foreign, unfold
+from lightning_sae.interop import FoldedSAE, is_foreign, load_foreign, unfold
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["imported", "trained"]
@@ -31,12 +31,12 @@ def trained(
         UsageError: If there is none, or it is damaged.
     """
     if is_foreign(path):
-        return imported(path, said=said).to(device)
+        return imported(load_foreign(path), said=said).to(device)
     return load(path, map_location=device)
 
 
 def imported(
-    path: str,
+    folded: FoldedSAE,
     k: int | None = None,
     data: StreamDataModule | None = None,
     tokens: int = 16_384,
@@ -45,7 +45,7 @@ def imported(
     """Return the SAE of another library as one of this package's, ready for inference.
 
     Args:
-        path: As `lightning_sae.interop.load_foreign` takes it.
+        folded: As `lightning_sae.interop.load_foreign` returns it.
         k: As `lightning_sae.interop.unfold` takes it.
         data: The activations it is for. Default: what its files say, if anything.
         tokens: How many of these its mean and scale are measured on.
@@ -53,9 +53,8 @@ def imported(
             `ActivationDataModule`.
 
     Raises:
-        UsageError: If there is none, it is damaged, or of a kind that is not read.
+        UsageError: If it is not for these activations, or of a kind that is not ours.
     """
-    folded = load_foreign(path)
     if data is None:
         return unfold(folded, k, recorded_activations(folded.record, tokens, said))
     return unfold(folded, k, held_out_activations(data, tokens))

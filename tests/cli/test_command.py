@@ -160,7 +160,10 @@ def test_a_folder_is_measured_as_its_checkpoint_is(tmp_path: Path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:Measured with what is in the checkpoint")
-def test_an_sae_of_another_library_is_measured_as_ours_is(tmp_path: Path, capsys):
+def test_an_sae_of_another_library_is_measured_as_ours_is(tmp_path: Path, capsys, monkeypatch):
+    opened: list[Path] = []
+    read = "lightning_sae.interop.sparsify.load_file"
+    monkeypatch.setattr(read, lambda file: opened.append(file) or load_file(file))
     main(arguments("fit", "topk.yaml", model__k="5", model__n_features="300"))
     checkpoint = tmp_path / "runs/topk/version_0/checkpoints/last.ckpt"
     main(["export", f"--ckpt_path={checkpoint}", "--to=sparsify", f"--output={tmp_path / 'out'}"])
@@ -171,9 +174,11 @@ def test_an_sae_of_another_library_is_measured_as_ours_is(tmp_path: Path, capsys
     ):
         small = [f"--{key}={value}" for key, value in SMALL.items() if key != "model.n_features"]
         capsys.readouterr()
+        opened.clear()
         main(["test", "--config", config, *small, f"--ckpt_path={path}"])
         table = re.findall(r"^(fvu|l0|ce_spliced) +(\S+)", capsys.readouterr().out, re.M)
         tables.append({name: pytest.approx(float(value), rel=2e-3) for name, value in table})
+    assert len(opened) == 1  # it may be of gigabytes
     assert len(tables[0]) == 3
     assert {name: value.expected for name, value in tables[0].items()} == tables[1]
     for line, told in {

@@ -7,7 +7,7 @@ import torch
 
 from lightning_sae import ActivationDataModule, MutualChoiceSAE, UsageError
 from lightning_sae.cli.trained import imported, trained
-from lightning_sae.interop import export
+from lightning_sae.interop import export, load_foreign
 from tests.helpers.foreign import assert_same, there_and_back
 from tests.helpers.foreign import trained as trained_sae
 
@@ -29,9 +29,9 @@ def test_mean_and_scale_are_those_of_the_activations_it_is_for(tmp_path: Path):
     sae.loss(torch.randn(512, 256))
     export(sae, "openmoss", tmp_path / "theirs")
     data = ActivationDataModule("quickstart", 1, validation_tokens=512)
-    found = imported(f"openmoss:{tmp_path / 'theirs'}", 4, data)
+    found = imported(load_foreign(f"openmoss:{tmp_path / 'theirs'}"), 4, data)
     x = torch.cat([batch["activations"] for batch in data.val_dataloader()])
     torch.testing.assert_close(found.input_mean, x.mean(0), rtol=0.1, atol=0.1)
     export(trained_sae("topk"), "sparsify", tmp_path / "narrow")
     with pytest.raises(UsageError, match="256 wide, expected d_model=16"):
-        imported(f"sparsify:{tmp_path / 'narrow'}", 4, data)
+        imported(load_foreign(f"sparsify:{tmp_path / 'narrow'}"), 4, data)
