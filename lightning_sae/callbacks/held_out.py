@@ -54,6 +54,7 @@ class HeldOutCallback(Callback, ABC):
         self._seen = 0  # contexts, by this rank
         self._memory: dict[str, Any] = {}
         self._told = False  # that nothing is measured
+        self._looked = False  # for the SAE, in this run
 
     @abstractmethod
     def start(self, ranks: Ranks) -> None:
@@ -121,7 +122,7 @@ class HeldOutCallback(Callback, ABC):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember nothing of another run, whose language model may be another."""
-        self._memory, self._told = {}, False
+        self._memory, self._told, self._looked = {}, False, False
 
     def remembered(
         self,
@@ -156,7 +157,9 @@ class HeldOutCallback(Callback, ABC):
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = 0
-        self._sae = find_sae(pl_module, *self.needs, of=self)
+        if not self._looked:  # not in `setup`: a module may make its parts in `configure_model`
+            self._looked = True
+            self._sae = find_sae(pl_module, *self.needs, of=self)
         self.start(ranks_of(trainer))
 
     def _measure(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:

@@ -61,6 +61,15 @@ def test_what_is_measured_does_not_depend_on_the_number_of_devices(name):
     assert sum(len(values) > 0 for values in alone) > len(cases) / 2
 
 
+def test_the_sae_is_looked_for_once_in_a_run():
+    callback, trainer, module = LossRecoveredCallback(9), SimpleNamespace(), torch.nn.Linear(1, 1)
+    for _ in range(2):
+        callback.setup(trainer, module, "fit")
+        with pytest.warns(UserWarning, match="does nothing: neither Linear nor a part"):
+            callback.on_validation_epoch_start(trainer, module)
+        callback.on_validation_epoch_start(trainer, module)  # a warning is an error here
+
+
 class Remembering(FakeLanguageModel):
     """Reads the sum of the tokens so far, but for padding."""
 
