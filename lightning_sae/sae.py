@@ -117,6 +117,18 @@ class SparseAutoencoder(PretrainedAutoencoder):
         ranks = self.layout.ranks
         return of_a_dictionary(self.d_model, self.n_features, process_group=ranks.group)
 
+    def measure(self, x: Tensor) -> Encoded:
+        """Measure on activations, (..., d_model), and return what was made of them."""
+        x = x.reshape(-1, x.shape[-1])
+        matches = self.match(x)
+        reconstruction = self.reconstruct(matches) / self.scales(x)
+        self._metrics[0].update(codes=matches, reconstruction=reconstruction, activations=x)
+        return Encoded(matches, reconstruction)
+
+    def measured(self) -> dict[str, Tensor]:
+        """Return the figures of the validation or test under way, or of the last one."""
+        return figures(self._metrics[0]) | self.threshold_statistics()
+
     @property
     def feature_density(self) -> FeatureDensity | None:
         """The densities of the validation or test under way, or of the last one."""
@@ -132,12 +144,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
         """Update the metrics with a batch of held-out activations; return it as `encoded`."""
         if self.trainer.sanity_checking:  # before the first step there is nothing to measure
             return None
-        x = activations_in(batch)
-        x = x.reshape(-1, x.shape[-1])
-        matches = self.match(x)
-        reconstruction = self.reconstruct(matches) / self.scales(x)
-        self._metrics[0].update(codes=matches, reconstruction=reconstruction, activations=x)
-        return {"encoded": Encoded(matches, reconstruction)}
+        return {"encoded": self.measure(activations_in(batch))}
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
@@ -152,7 +159,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
-        for name, value in (figures(self._metrics[0]) | self.threshold_statistics()).items():
+        for name, value in self.measured().items():
             self.log(f"{stage}/{name}", value.float())
 
     @uncompiled

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sae.checks import UsageError
-from lightning_sae.metrics.collection import collect, figures
 from lightning_sae.optim.factories import MakeOptimizer
 from lightning_sae.parallel import ranks_of
 from lightning_sae.sae import SparseAutoencoder
@@ -68,7 +67,7 @@ class TrainSAE(Callback):
         self._restored: dict[str, Any] | None = None  # until there is an optimizer
         self._seen: list[Tensor] = []
         self._hook: RemovableHandle | None = None
-        self._metrics: Any = None
+        self._measured = False  # in the validation under way
 
     @property
     def state_key(self) -> str:
@@ -134,8 +133,8 @@ class TrainSAE(Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure afresh."""
-        metrics = self.sae.configure_metrics()
-        self._metrics = collect(metrics).to(pl_module.device)
+        self.sae.on_validation_epoch_start()
+        self._measured = False
 
     def on_validation_batch_start(self, *_: Any) -> None:
         """Forget what the layer gave out before."""
@@ -148,22 +147,20 @@ class TrainSAE(Callback):
         """Measure the SAE on what the layer gave out for this batch, unless it is untrained."""
         seen, self._seen = self._seen, []
         if seen and self._hook is not None and not trainer.sanity_checking:
-            x = torch.cat(seen)
-            matches = self.sae.match(x)
-            reconstruction = self.sae.reconstruct(matches) / self.sae.scales(x)
-            self._metrics.update(codes=matches, reconstruction=reconstruction, activations=x)
+            self.sae.measure(torch.cat(seen))
+            self._measured = True
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was measured."""
-        if self._metrics is not None and any(m.update_called for m in self._metrics.values()):
-            for key, value in figures(self._metrics).items():
+        if self._measured:
+            for key, value in self.sae.measured().items():
                 pl_module.log(f"{self.name}/val/{key}", value.float())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen no longer, also after an error."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._metrics = None
+        self._hook = None
         self._seen = []
 
     def state_dict(self) -> dict[str, Any]:

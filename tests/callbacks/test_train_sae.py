@@ -85,6 +85,9 @@ def test_the_sae_learns_and_is_measured_on_what_the_layer_gives_out(tmp_path):
     error = (reconstruction - x).square().sum() / (x - x.mean(0)).square().sum()
     assert logged["sae/val/fvu"] == pytest.approx(error.item(), rel=1e-4)
     assert error < 0.1
+    names = {name.removeprefix("sae/val/") for name in logged if name.startswith("sae/val/")}
+    assert names == callback.sae.measured().keys()
+    assert "threshold" in names
     norms = callback.sae.decoder.weight.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(24))
 
