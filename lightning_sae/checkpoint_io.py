@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-import platform
-import secrets
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae, upgrade
 from lightning_sae.checks import UsageError
+from lightning_sae.temporary import left_behind, temporary_of
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -26,9 +24,6 @@ __all__ = [
     "read_checkpoint",
     "require_intact",
 ]
-
-DAY: Final = 24 * 60 * 60.0
-HOST: Final = platform.node().replace("-", "_") or "host"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -88,7 +83,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        temporary = _temporary(target)
+        temporary = temporary_of(target)
         try:
             with _disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +95,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 _sync_folder(target.parent)
         finally:
             _discard(temporary)
-        for left in _left_behind(target):
+        for left in left_behind(target):
             _discard(left)
 
 
@@ -185,42 +180,6 @@ def _told_if_damaged(path: str | Path) -> Iterator[None]:
         raise
     except Exception:  # there is no end to what broken files raise
         raise UsageError(f"{path} is no checkpoint, or is damaged") from None
-
-
-def _temporary(target: Path) -> Path:
-    """Return where to write what is to become a file: a name that no one else uses."""
-    unique = f"{HOST}-{os.getpid()}-{secrets.token_hex(4)}"
-    return target.with_name(f"{_prefix(target)}{unique}.tmp")
-
-
-def _prefix(target: Path) -> str:
-    # Lightning counts every file with `hpc_ckpt_` in its name among those it may resume from.
-    return f"{target.name.replace('_', '-')}."
-
-
-def _left_behind(target: Path) -> Iterator[Path]:
-    """Yield what saves to a name left that were killed on this host, or a day ago anywhere."""
-    prefix = _prefix(target)
-    for path in target.parent.iterdir():
-        if not (path.name.startswith(prefix) and path.suffix == ".tmp"):
-            continue
-        host, process, *_ = (*path.name.removeprefix(prefix).split("-"), "")
-        with suppress(OSError):  # someone else has just removed it
-            killed = host == HOST and process.isdecimal() and not _is_running(int(process))
-            if killed or time.time() - path.stat().st_mtime > DAY:
-                yield path
-
-
-def _is_running(process: int) -> bool:
-    if os.name != "posix":  # where signal 0 is not a question
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is someone else's
-        return True
-    return True
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_a_full_disk(size: int, tmp_path: Path, monkeypatch):
     path, temporary = tmp_path / "last.ckpt", tmp_path / "full.tmp"
     AtomicCheckpointIO().save_checkpoint(checkpoint(1), path)
     temporary.symlink_to("/dev/full")  # to which every write fails as to a full disk
-    monkeypatch.setattr(checkpoint_io, "_temporary", lambda target: temporary)
+    monkeypatch.setattr(checkpoint_io, "temporary_of", lambda target: temporary)
     with pytest.raises(OSError, match=told("No space left on device", path)) as error:
         AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(size)}, path)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
@@ -155,25 +155,6 @@ def test_two_savers_of_one_name_do_not_tear_it(tmp_path: Path):
         saver.join()
     AtomicCheckpointIO().save_checkpoint(checkpoint(0), path)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_is_left_behind_of_others(tmp_path: Path):
-    path = tmp_path / "a_b.ckpt"
-    ours = checkpoint_io._temporary(path)  # of a process that runs
-    elsewhere, long_ago, another, earlier = (
-        tmp_path / name
-        for name in ("a-b.ckpt.node7-1-0.tmp", "a-b.ckpt.node7-2-0.tmp", "c.ckpt.x.tmp", "a_b.ckpt")
-    )
-    for each in (ours, elsewhere, long_ago, another, earlier):
-        each.touch()
-    os.utime(long_ago, (time.time() - 100_000,) * 2)
-    AtomicCheckpointIO().save_checkpoint(checkpoint(0), path)
-    assert set(tmp_path.iterdir()) == {path, ours, elsewhere, another}
-
-
-def test_what_is_left_behind_is_not_resumed_from(tmp_path: Path):
-    """Lightning takes every file with `hpc_ckpt_` in its name, and the largest of all numbers."""
-    assert "hpc_ckpt_" not in checkpoint_io._temporary(tmp_path / "hpc_ckpt_1.ckpt").name
 
 
 class Parent(pl.LightningModule):

@@ -27,6 +27,7 @@ ROOMS = (
     (
         *("matches", "numerics", "zipf", "hooks", "layers", "residual_stream"),
         *("checks", "hyperparameters", "model_card", "tensor_files", "uncompiled", "quickstart"),
+        "temporary",
     ),
 )
 """From the top. What stands in one line may import from each other, but for the ground."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sae.pretrained import PretrainedAutoencoder
+from lightning_sae.temporary import left_behind, temporary_of
 
 
 class SavePretrained(Callback):
@@ -79,10 +79,12 @@ def _saes(module: pl.LightningModule) -> list[tuple[str, PretrainedAutoencoder]]
 def _replace(folder: Path, sae: PretrainedAutoencoder) -> None:
     """Save to a folder; each of its files is the earlier one or the new one, whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    beside = folder.absolute().with_name(f".{folder.name}")
+    temporary = temporary_of(beside)
     try:
         sae.save_pretrained(temporary)
         for file in sorted(temporary.iterdir(), reverse=True):  # the weights first
             file.replace(folder / file.name)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for each in (temporary, *left_behind(beside)):
+            shutil.rmtree(each, ignore_errors=True)

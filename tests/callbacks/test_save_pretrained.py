@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import ActivationDataModule, MutualChoiceSAE, SavePretrained, TopKSAE, load
 from lightning_sae.callbacks import LossRecoveredCallback
+from lightning_sae.temporary import temporary_of
 from tests.helpers.architectures import D_MODEL, N_FEATURES, K, activations
+from tests.test_temporary import of_a_killed_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
@@ -107,6 +109,17 @@ def test_what_is_known_of_the_training_is_in_it(tmp_path: Path):
     noted = load(path).record  # before the validation of that step
     assert noted["trained_on"] == record["trained_on"]
     assert "measured" not in noted
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path):
+    beside = tmp_path / ".sae"
+    left, running = of_a_killed_process(beside), temporary_of(beside)
+    for folder in (left, running, mine := tmp_path / ".sae.old"):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    run = trainer(tmp_path, SavePretrained(tmp_path / "sae"), enable_checkpointing=False)
+    run.fit(TopKSAE(D_MODEL, N_FEATURES, K), loader())
+    assert set(tmp_path.glob(".sae*")) == {running, mine}
 
 
 class Own(pl.Callback):
