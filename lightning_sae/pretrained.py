@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -145,6 +146,20 @@ class PretrainedAutoencoder(
                 self.record["trained_on"] = describe()
         return self.record
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Save to a folder, as huggingface_hub does; and write its model card anew, unless edited.
+
+        Args:
+            save_directory: The folder.
+            options: As `huggingface_hub.ModelHubMixin.save_pretrained` takes them.
+
+        Returns:
+            The address of the commit, if it is pushed to the hub.
+        """
+        _remove_card(Path(save_directory), options.get("model_card_kwargs") or {})
+        pushed: str | None = super().save_pretrained(save_directory, **options)
+        return pushed
+
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return a model card that says what the SAE was trained on, and what it is worth."""
         return model_card(self.config(), **kwargs)
@@ -259,6 +274,18 @@ def _checked(where: str, config: Any) -> dict[str, Any]:
     require_known(config.get(KEY))
     found: dict[str, Any] = config
     return found
+
+
+def _remove_card(folder: Path, options: Mapping[str, Any]) -> None:
+    """Remove the model card of a folder if it is as `model_card` made it, with options or none."""
+    card = folder / "README.md"
+    try:  # else the hub's library keeps the card that an SAE before this one had
+        config = config_of(folder)
+        made = (str(model_card(config, **each)) for each in (options, {}))
+        if str(ModelCard.load(card)) in made:
+            card.unlink()
+    except (UsageError, OSError, ValueError):  # none is there, or it is not ours
+        return
 
 
 def _number(value: torch.Tensor) -> float | None:

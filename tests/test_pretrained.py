@@ -57,6 +57,24 @@ def test_what_was_saved_codes_as_it_did(make, tmp_path: Path):
         assert all(torch.equal(state[name], value) for name, value in sae.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [{}, {"license": "mit"}])
+def test_a_second_save_has_a_card_of_its_own_unless_it_was_edited(tmp_path: Path, options: dict):
+    def save(n_features: int) -> str:
+        sae = TopKSAE(D_MODEL, n_features, 2)
+        sae.save_pretrained(tmp_path, model_card_kwargs=options)
+        return card.read_text()
+
+    card = tmp_path / "README.md"
+    assert "| features | 16 |" in save(16)
+    second = save(32)
+    assert "| features | 32 |" in second
+    assert ("license: mit" in second) == bool(options)
+    card.write_text(f"{second}\nMind the gap.\n")
+    assert save(16).endswith("Mind the gap.\n")
+    card.write_bytes(b"\xff\xfe")  # no UTF-8
+    TopKSAE(D_MODEL, 16, 2).save_pretrained(tmp_path)
+
+
 def test_what_was_loaded_learns_on(tmp_path: Path):
     sae = TopKSAE(D_MODEL, N_FEATURES, K)
     train(sae, 2)
