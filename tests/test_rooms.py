@@ -110,11 +110,13 @@ TESTED_WITH = {
     "allocation.choice": "allocation/test_feature_choice",  # a named tuple
     "checkpointed": "test_sae",
     "data.stream_datamodule": "data/test_frozen_model_datamodule",
+    "layers": "residual_stream/test_layers",
     "metrics.runs": "metrics/test_loss_recovered",
+    "residual_stream": "residual_stream/test_residual_stream",
     "sparse.gradient_form": "sparse/test_row_gradient",
     **{f"kernels.{path.stem}": "kernels/test_kernels" for path in PACKAGE.glob("kernels/*.py")},
 }
-"""Files that have no tests of their own, and whose they share."""
+"""Files that have no tests of their own, or have them elsewhere, and where."""
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("__")])

@@ -4,17 +4,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lightning_sae.residual_stream import ResidualStream
-from tests.helpers.language_models import CONFIGS, LAYERS, blocks, tiny
-
-
-@pytest.fixture(params=CONFIGS)
-def model(request):
-    return tiny(CONFIGS[request.param])
-
-
-@pytest.fixture
-def input_ids():
-    return torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+from tests.helpers.language_models import CONFIGS, LAYERS, blocks
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS])

@@ -16,16 +16,6 @@ from lightning_sae.residual_stream import ResidualStream
 from tests.helpers.language_models import CONFIGS, SIZES, tiny
 
 
-@pytest.fixture(params=CONFIGS)
-def model(request):
-    return tiny(CONFIGS[request.param])
-
-
-@pytest.fixture
-def input_ids():
-    return torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 def test_padding_does_not_change_the_tokens_before_it(model, input_ids):
     mask = torch.ones_like(input_ids)
     mask[:, 5:] = 0

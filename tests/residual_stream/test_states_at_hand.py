@@ -4,17 +4,7 @@ import pytest
 import torch
 
 from lightning_sae.residual_stream import ResidualStream
-from tests.helpers.language_models import CONFIGS, LAYERS, blocks, tiny
-
-
-@pytest.fixture(params=CONFIGS)
-def model(request):
-    return tiny(CONFIGS[request.param])
-
-
-@pytest.fixture
-def input_ids():
-    return torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+from tests.helpers.language_models import LAYERS, blocks
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

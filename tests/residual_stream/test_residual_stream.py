@@ -14,16 +14,6 @@ from lightning_sae.residual_stream import ResidualStream
 from tests.helpers.language_models import CONFIGS, LAYERS, blocks, tiny
 
 
-@pytest.fixture(params=CONFIGS)
-def model(request):
-    return tiny(CONFIGS[request.param])
-
-
-@pytest.fixture
-def input_ids():
-    return torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
 def hidden_states(model, input_ids):
     """Every block's output, by hooks that change nothing."""
     outputs = []
