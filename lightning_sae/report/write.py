@@ -60,10 +60,11 @@ def report_of(
             f"{data.source}: split={split!r} has {len(chosen) * length:,} tokens to read"
         )
     contexts = stacked(chosen, data.source, data.noun)
+    read = data.model.reader(sae.device, *data.cache_settings)
     batches = HeldOutBatches(
         inputs=contexts,
         kept=data.kept,
-        read=data.model.reader(sae.device, *data.cache_settings),
+        read=lambda ids: read(ids, data.kept(ids), split == "held_out"),  # as a cache notes it
         model_batch_size=data.model_batch_size,
         source=f"{data.model}, {data.noun} of the report",
     )

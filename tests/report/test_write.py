@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from pyarrow import parquet
+from safetensors.torch import load_file
 
 from lightning_sae.checks import UsageError
 from lightning_sae.report import nearest_features, report_of, write_report
@@ -48,6 +49,18 @@ def test_three_files_say_the_same(trained, tmp_path: Path):
     assert len(top) == sum(map(len, shown["top"]))
     tokenizer = data.model.tokenizer(LENGTH)
     assert all("".join(row["tokens"]) == tokenizer.decode(row["token_ids"]) for row in top)
+
+
+@pytest.mark.parametrize("split", ["held_out", "train"])
+def test_a_cache_notes_what_it_keeps_of_a_report(split: str, trained, tmp_path: Path):
+    sae, data = trained
+    data.cache_dir = str(tmp_path / "kept")
+    report_of(sae, data, tokens=5 * LENGTH, split=split)
+    data.teardown("test")
+    (file,) = (tmp_path / "kept").glob("*/*.safetensors")
+    found = load_file(file)
+    assert torch.equal(found["kept"].bool(), data.kept(found["input_ids"]))
+    assert found["held_out"].tolist() == [split == "held_out"] * 5
 
 
 def test_all_text_is_read_where_there_is_less(trained):
