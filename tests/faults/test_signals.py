@@ -194,8 +194,8 @@ def test_two_tasks_are_queued_again_by_slurm(text, tmp_path, monkeypatch):
             assert [task.poll() for task in tasks] == [None, None]  # else in vain
             time.sleep(0.1)
 
-    wait_for(lambda: bool(list(cut.rglob("events.out.*"))))
-    time.sleep(1)
+    # Before training has begun Lightning's own handler would save, in each task at another moment.
+    wait_for(lambda: bool(list(cut.rglob("*.ckpt"))))
     for task in tasks:
         task.send_signal(signal.SIGUSR1)
     wait_for((tmp_path / "asked").exists)
