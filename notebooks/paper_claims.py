@@ -40,9 +40,9 @@ L1 = {
 }  # the penalties that gave about k matches a token in a first trial
 
 NO_AUX, AUX_K = {"aux_coefficient": 0}, {"dying_below": 0}
-FROM_SCRATCH = {"mutual_choice_share": 0}
-PAPER = {"budgets": "zipf", "min_matches": 1, "per_batch": True}
-UNIFORM = PAPER | {"budgets": "uniform"}
+# As in the paper; what Feature Choice does by default came later.
+ZIPF = {"budgets": "zipf", "per_batch": True, "min_matches": 1}
+UNIFORM, FROM_SCRATCH = {"budgets": "uniform", "per_batch": True}, {"mutual_choice_share": 0}
 AVERAGE = {"normalize_inputs": "average"}
 AFFINITY, TOKEN_NORM = ({"importance": by} | AVERAGE for by in ("affinity", "token_norm"))
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,13 +54,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mutual, aux_zipf": ("mutual_choice", AFFINITY),
     "feature uniform": ("feature_choice", AFFINITY | UNIFORM | NO_AUX),
     "feature uniform, aux_zipf": ("feature_choice", AFFINITY | UNIFORM),
-    "feature zipf": ("feature_choice", AFFINITY | PAPER | NO_AUX),
-    "feature zipf, aux_zipf": ("feature_choice", AFFINITY | PAPER),
+    "feature zipf": ("feature_choice", AFFINITY | ZIPF | NO_AUX),
+    "feature zipf, aux_zipf": ("feature_choice", AFFINITY | ZIPF),
     "mutual by token_norm, aux_zipf": ("mutual_choice", TOKEN_NORM),
-    "feature zipf by token_norm, aux_zipf": ("feature_choice", TOKEN_NORM | PAPER),
+    "feature zipf by token_norm, aux_zipf": ("feature_choice", TOKEN_NORM | ZIPF),
 }
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {  # for one k only
-    "feature zipf from scratch, aux_zipf": ("feature_choice", AFFINITY | PAPER | FROM_SCRATCH),
+    "feature zipf from scratch, aux_zipf": ("feature_choice", AFFINITY | ZIPF | FROM_SCRATCH),
     "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"} | AVERAGE),
     "mutual by token_norm": ("mutual_choice", TOKEN_NORM | NO_AUX),
     "mutual, aux_zipf below half": ("mutual_choice", AFFINITY | {"dying_below": 0.5}),
