@@ -190,7 +190,7 @@ class FeatureChoiceSAE(ThresholdSAE):
 
     @torch.no_grad()
     def begin_feature_choice(self, tokens: int) -> None:
-        """Let features choose from now on, with budgets by the rank of their density.
+        """Let features choose from now on, with budgets by the densities they reached.
 
         Args:
             tokens: Tokens of a batch, for which `min_matches` holds.

@@ -9,8 +9,9 @@ class MutualChoiceSAE(ThresholdSAE):
     """The batch spends its whole budget of k matches a token wherever affinities are largest.
 
     Easy tokens get few features and hard ones many; k holds on average. The allocation is that of
-    BatchTopK (Bussmann et al. 2024). In inference one threshold, the running average of the
-    smallest chosen affinity, takes the place of the batch.
+    BatchTopK (Bussmann et al. 2024). In inference one threshold takes the place of the batch: the
+    running average of the smallest chosen affinity, and after the last step what gives k matches a
+    token on held-out text.
 
     Arguments are those of `ThresholdSAE`.
     """

@@ -33,7 +33,7 @@ Scope = Literal["global", "local"]
 
 
 class ThresholdSAE(SparseAutoencoder):
-    """An architecture that trains on the batch and encodes each token by thresholds.
+    """An architecture that encodes each token by thresholds, which it learns from batches.
 
     Args:
         d_model: Width of the activations.
@@ -137,8 +137,8 @@ class ThresholdSAE(SparseAutoencoder):
     def calibrate(self, x: Tensor) -> None:
         """Set the threshold to what gives exactly k matches a token on these activations.
 
-        Training keeps thresholds near it; this is for the end of training, on tokens enough for
-        the rarest feature: 100 times the inverse of its density.
+        Training keeps thresholds near it; this is for the end of training, where a Trainer's runs
+        have `CalibrateThresholds` call it.
 
         Args:
             x: Activations, shape (tokens, d_model), of which those count that training does not
