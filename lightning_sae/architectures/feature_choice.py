@@ -270,8 +270,9 @@ class FeatureChoiceSAE(ThresholdSAE):
         passing = ranks.all_reduce(choice.passing)
         missed = self.history.tokens_since_fired * self.target_density
         patience = self.patience * (missed < _MISSED)
-        step = (passing - budgets) / (patience + budgets / self.tracking)
-        self.threshold.mul_(step.clamp(max=_FARTHEST).exp()).clamp_min_(_LEAST)
+        memory = (patience + budgets / self.tracking).clamp_min(_LEAST)  # a batch may be empty
+        step = ((passing - budgets) / memory).clamp(max=_FARTHEST)
+        self.threshold.mul_(step.exp()).clamp_min_(_LEAST)
 
     def calibrated(self, scaled: Tensor) -> Tensor:
         """Return all thresholds times the factor that gives exactly k matches a token here.

@@ -1,5 +1,6 @@
 """Feature Choice: every feature spends its own budget, so none is dead."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,6 +159,18 @@ def test_rare_features_fire_as_often_as_their_budgets_say():
     assert (sae.target_density * 64).min() < 0.1
     for group in sae.target_density.argsort().chunk(4):
         assert counts[group].sum().item() == pytest.approx(budgets[group].sum().item(), rel=0.03)
+
+
+def test_a_feature_that_misses_its_matches_becomes_easier_to_please():
+    sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_tokens=512)
+    train(sae, 3)
+    sae.threshold[5] = 1e3
+    sae.history.tokens_since_fired[5] = 10**6
+    before = sae.threshold.clone()
+    sae.loss(torch.zeros(0, 8))
+    assert torch.equal(sae.threshold, before)
+    sae.loss(superposition(512, 8, n_features=16, seed=3))
+    assert sae.threshold[5] == pytest.approx(1e3 * math.exp(-sae.tracking))
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
