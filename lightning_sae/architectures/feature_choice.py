@@ -131,8 +131,10 @@ class FeatureChoiceSAE(ThresholdSAE):
         self.zipf_offset = zipf_offset
         self.min_matches = min_matches
         self.max_density = max_density
-        self.register_buffer("choosing", torch.tensor(False))
+        # In this order: shared-out features are loaded a tensor at a time, and a state in which
+        # features choose, but have no budgets, is refused.
         self.register_buffer("target_density", torch.zeros(n_features, dtype=torch.float32))
+        self.register_buffer("choosing", torch.tensor(False))
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuse also budgets that are negative, or, once features choose, all zero."""
