@@ -130,7 +130,8 @@ class ThresholdSAE(SparseAutoencoder):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return also what calibrates thresholds after the last step, unless the Trainer has it."""
-        given = any(isinstance(one, CalibrateThresholds) for one in self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning's Trainer has them
+        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])  # Fabric's has none
+        given = any(isinstance(callback, CalibrateThresholds) for callback in callbacks)
         return super().configure_callbacks() + ([] if given else [CalibrateThresholds()])
 
     @torch.no_grad()
