@@ -1,7 +1,8 @@
 """The format of checkpoints: its number, and how those of earlier formats become it.
 
 Tensors are named as in `lightning_sae.core.state_format`. In format 1, which had no number, some
-arguments had other names too. Format 2 had no choice of `normalize_inputs`.
+arguments had other names too. Format 2 had no choice of `normalize_inputs`, and
+format 3 no `rank_discount`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         arguments = checkpoint.setdefault("hyper_parameters", {})
         for settings in (arguments, checkpoint.setdefault(TRAINED_WITH, dict(arguments))):
             settings.setdefault("normalize_inputs", "average")
+            if "threshold" in checkpoint.get("state_dict", {}):
+                settings.setdefault("rank_discount", 0.0)
 
 
 def format_of(checkpoint: dict[str, Any]) -> int:

@@ -27,7 +27,12 @@ class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningMod
             learned. A checkpoint holds them, and one that was trained with others is refused.
     """
 
-    code_settings: ClassVar[tuple[str, ...]] = ("k", "importance", "normalize_inputs")
+    code_settings: ClassVar[tuple[str, ...]] = (
+        "k",
+        "importance",
+        "normalize_inputs",
+        "rank_discount",
+    )
 
     def __init__(self, d_model: int, n_features: int, **options: Any) -> None:
         super().__init__(d_model, n_features, **options)

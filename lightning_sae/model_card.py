@@ -40,6 +40,7 @@ SETTINGS: Final = {
     "l1_coefficient": "weight of the L1 penalty",
     "importance": "pairs are ranked by",
     "normalize_inputs": "brought to the same length",
+    "rank_discount": "discount of a token's matches beyond its k-th",
 }
 
 

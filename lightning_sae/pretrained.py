@@ -271,8 +271,10 @@ def _checked(where: str, config: Any) -> dict[str, Any]:
     known = isinstance(config, dict) and isinstance(config.get("arguments"), dict)
     if not known or not isinstance(config.get("architecture"), str):
         raise UsageError(f"{where} has no {CONFIG} of an SAE")
-    require_known(config.get(KEY))
+    number = require_known(config.get(KEY))
     found: dict[str, Any] = config
+    if number < FORMAT and "scope" in found["arguments"]:  # it chooses over the batch
+        found["arguments"].setdefault("rank_discount", 0.0)
     return found
 
 

@@ -22,7 +22,13 @@ FOLDER = Path(__file__).parent / "checkpoints_format_1"
 SAES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mutual_choice": (
         MutualChoiceSAE,
-        {"k": 2, "dead_after_tokens": 16, "importance": "affinity", "normalize_inputs": "average"},
+        {
+            "k": 2,
+            "dead_after_tokens": 16,
+            "importance": "affinity",
+            "normalize_inputs": "average",
+            "rank_discount": 0.0,
+        },
     ),
     "feature_choice": (
         FeatureChoiceSAE,
@@ -34,10 +40,11 @@ SAES: dict[str, tuple[Any, dict[str, Any]]] = {
             "per_batch": True,
             "importance": "affinity",
             "normalize_inputs": "average",
+            "rank_discount": 0.0,
         },
     ),
     "standard": (StandardSAE, {"l1_coefficient": 0.1}),
-    "topk": (TopKSAE, {"k": 2, "dead_after_tokens": 16}),
+    "topk": (TopKSAE, {"k": 2, "dead_after_tokens": 16, "normalize_inputs": "average"}),
 }
 OLD = {"W_dec", "b_dec", "tokens_seen", "tokens_since_fired", "density"}
 NEW = {"decoder.weight", "decoder.bias"}
@@ -49,7 +56,7 @@ class Probe(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sae = TopKSAE(4, 16, k=2)
+        self.sae = TopKSAE(4, 16, k=2, normalize_inputs="average")
         self.head = torch.nn.Linear(16, 1)
 
 
@@ -93,7 +100,8 @@ def test_arguments_have_their_present_names(name: str):
     assert before.keys() - after.keys() == changed.get(name, set())
     new = {key: after[key] for key in after.keys() - before.keys()}
     tokens = {"mutual_choice_tokens": 16} if name == "feature_choice" else {}
-    assert new == {"normalize_inputs": "average"} | tokens
+    discount = {"rank_discount": 0.0} if name.endswith("choice") else {}
+    assert new == {"normalize_inputs": "average"} | tokens | discount
 
 
 @pytest.mark.parametrize(
@@ -161,6 +169,17 @@ def test_format_2_had_one_scale_for_all_tokens():
         "importance": "affinity",
         "normalize_inputs": "average",
     }
+
+
+@pytest.mark.parametrize("name", ["mutual_choice", "topk"])
+def test_format_3_had_no_discount(name: str):
+    checkpoint = upgraded(name) | {KEY: 3, TRAINED_WITH: {"k": 2}}
+    checkpoint["hyper_parameters"].pop("rank_discount", None)
+    upgrade(checkpoint)
+    expected = {"rank_discount": 0.0} if name == "mutual_choice" else {}
+    assert checkpoint[TRAINED_WITH].items() >= expected.items()
+    assert checkpoint["hyper_parameters"].items() >= expected.items()
+    assert ("rank_discount" in checkpoint[TRAINED_WITH]) == bool(expected)
 
 
 def test_the_present_format_stays():

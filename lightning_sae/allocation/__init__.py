@@ -23,6 +23,7 @@ from lightning_sae.allocation.choice import Choice
 from lightning_sae.allocation.feature_choice import feature_choice, feature_choice_counting
 from lightning_sae.allocation.importance import Importance, score
 from lightning_sae.allocation.mutual_choice import mutual_choice
+from lightning_sae.allocation.rank_discount import RankDiscount
 from lightning_sae.allocation.threshold_choice import (
     midpoint_thresholds,
     scaled_thresholds,
@@ -36,6 +37,7 @@ __all__ = [
     "Choice",
     "Importance",
     "Matches",
+    "RankDiscount",
     "Scores",
     "TensorScores",
     "feature_choice",

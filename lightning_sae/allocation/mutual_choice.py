@@ -1,21 +1,35 @@
 """Mutual choice: the batch takes the pairs of largest affinity, wherever they are.
 
 Source: Ayonrinde 2024 (arXiv 2411.02124). The allocation is that of BatchTopK (Bussmann et al.
-2024, arXiv 2412.06410).
+2024, arXiv 2412.06410). The discount is ours.
 """
 
 import torch
+from torch import Tensor
 
 from lightning_sae.allocation.across_ranks import among_largest_of_all, on_ranks, total_length
 from lightning_sae.allocation.affinities import Affinities, as_scores, valued
+from lightning_sae.allocation.rank_discount import RankDiscount
 from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
+from lightning_sae.numerics import just_below
 from lightning_sae.parallel import Ranks
-from lightning_sae.selection import candidates_of_batch, largest_pairs
+from lightning_sae.selection import (
+    Scores,
+    among_largest_pairs,
+    candidates_of_batch,
+    largest_pairs,
+    pairs_above,
+)
 
 
 def mutual_choice(
-    affinities: Affinities, budget: int, guess: float | None = None, *, ranks: Ranks | None = None
+    affinities: Affinities,
+    budget: int,
+    guess: float | None = None,
+    *,
+    discount: RankDiscount | None = None,
+    ranks: Ranks | None = None,
 ) -> Matches:
     """Choose the `budget` pairs of largest affinity in the whole batch.
 
@@ -26,6 +40,7 @@ def mutual_choice(
         guess: What the smallest chosen affinity will hardly be below. It has no influence on
             the choice. If it is close, fewer pairs are looked at; if it is too large, all are
             computed again.
+        discount: What pairs are worth beside larger ones of their token. Default: their affinity.
         ranks: The processes that have the tokens of the batch, each with its own, however many.
             Budget and guess are for all together, and the same on each. Default: this one alone.
 
@@ -49,14 +64,53 @@ def mutual_choice(
         raise UsageError(
             f"budget={budget} is out of range: the batch has {pairs} pairs{on_ranks(ranks)}"
         )
+    found, worth = _candidates(scores, budget, guess, discount, ranks)
+    if ranks is None or ranks.size == 1:
+        chosen = among_largest_pairs(found.token, worth, budget)
+        return valued(found.select(chosen).sort(), affinities)
+    order = found.token.argsort(stable=True)
+    found, worth = found.sort(), worth[order]
+    everything, budgets = torch.zeros_like(found.token), found.token.new_tensor([budget])
+    chosen = among_largest_of_all(
+        everything, worth, budgets, ranks, own_tokens=len(scores), all_tokens=tokens
+    )
+    return valued(found.select(chosen), affinities)
+
+
+def _candidates(
+    scores: Scores,
+    budget: int,
+    guess: float | None,
+    discount: RankDiscount | None,
+    ranks: Ranks | None,
+) -> tuple[Matches, Tensor]:
+    """Return pairs, sorted by feature, that hold the `budget` of most worth, and what each is."""
+    if discount is not None:
+        return _discounted(scores, budget, guess, discount, ranks)
     found = candidates_of_batch(scores, budget, guess)
     if guess is not None and total_length(found.token, ranks) < budget:
         found = candidates_of_batch(scores, budget)
-    if ranks is None or ranks.size == 1:
-        return valued(largest_pairs(found, budget).sort(), affinities)
-    found = found.sort()
-    everything, budgets = torch.zeros_like(found.token), found.token.new_tensor([budget])
-    chosen = among_largest_of_all(
-        everything, found.value, budgets, ranks, own_tokens=len(scores), all_tokens=tokens
-    )
-    return valued(found.select(chosen), affinities)
+    return found, found.value
+
+
+def _discounted(
+    scores: Scores, budget: int, guess: float | None, discount: RankDiscount, ranks: Ranks | None
+) -> tuple[Matches, Tensor]:
+    """Do as `_candidates` does.
+
+    What a pair is worth is at most its score, and shows beside all the larger ones of its token.
+    """
+    if guess is not None:
+        found = pairs_above(scores, just_below(torch.tensor(guess, device=scores.device)))
+        worth = discount(found.token, found.value)
+        if total_length(worth[worth >= guess], ranks) >= budget:
+            _, _, by_feature = found.by_feature
+            return found.select(by_feature), worth[by_feature]
+    wanted, everything = budget, scores.shape[0] * scores.shape[1]
+    while True:
+        wanted = min(2 * wanted, everything)
+        found = largest_pairs(candidates_of_batch(scores, wanted), wanted)
+        worth = discount(found.token, found.value)
+        all_found = wanted == everything or len(found) < max(1, wanted)
+        if all_found or int((worth > found.value.min()).sum()) >= budget:
+            return found, worth

@@ -13,17 +13,24 @@ from torch import Tensor
 from lightning_sae.allocation.across_ranks import among_largest_of_all, total_length
 from lightning_sae.allocation.affinities import Affinities, as_scores, valued
 from lightning_sae.allocation.feature_choice import feature_choice, require_budgets
+from lightning_sae.allocation.rank_discount import RankDiscount
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
 from lightning_sae.selection import pairs_above
 
+_SMALLEST = 1e-12  # a threshold that scores are divided by
 
-def threshold_choice(affinities: Affinities, threshold: Tensor | float) -> Matches:
+
+def threshold_choice(
+    affinities: Affinities, threshold: Tensor | float, *, discount: RankDiscount | None = None
+) -> Matches:
     """Take every pair whose affinity is above a threshold.
 
     Args:
         affinities: Encoder outputs before allocation, shape (tokens, features).
         threshold: One number, or one a feature, shape (features,). Negative ones act as zero.
+        discount: What pairs are worth beside larger ones of their token, all as multiples of their
+            features' thresholds. Default: their affinity.
 
     Raises:
         ValueError: If the affinities are not two-dimensional.
@@ -33,7 +40,13 @@ def threshold_choice(affinities: Affinities, threshold: Tensor | float) -> Match
         >>> threshold_choice(torch.tensor([[3.0, 1.0, -1.0]]), -2.0).to_dense()
         tensor([[3., 1., 0.]])
     """
-    return valued(pairs_above(as_scores(affinities), torch.as_tensor(threshold)), affinities)
+    thresholds = torch.as_tensor(threshold)
+    found = pairs_above(as_scores(affinities), thresholds)
+    if discount is not None:
+        own = thresholds.to(found.value).expand(found.shape[1])[found.feature]
+        share = discount.share(found.token, found.value / own.clamp_min(_SMALLEST))
+        found = found.select(found.value * share > own)
+    return valued(found, affinities)
 
 
 def midpoint_thresholds(
@@ -85,7 +98,12 @@ def midpoint_thresholds(
 
 
 def scaled_thresholds(
-    affinities: Affinities, thresholds: Tensor, budget: int, *, ranks: Ranks | None = None
+    affinities: Affinities,
+    thresholds: Tensor,
+    budget: int,
+    *,
+    discount: RankDiscount | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Return thresholds times the one factor by which `budget` pairs are above them.
 
@@ -96,6 +114,7 @@ def scaled_thresholds(
         affinities: What is chosen from, shape (tokens, features).
         thresholds: Positive, one a feature, shape (features,).
         budget: How many pairs, of all ranks together, are to be above.
+        discount: As in `threshold_choice`.
         ranks: As in `feature_choice`.
 
     Returns:
@@ -120,7 +139,9 @@ def scaled_thresholds(
     while True:  # until there are enough to count among
         found = pairs_above(scores, thresholds * factor)
         multiple = found.value / thresholds[found.feature]
-        if factor == 0 or total_length(multiple, ranks) > budget:
+        if discount is not None:
+            multiple = discount(found.token, multiple)
+        if factor == 0 or total_length(multiple[multiple > factor], ranks) > budget:
             break
         factor = 0.7 * factor if factor > 1e-3 else 0.0
     least, most = factor, 1.0 + reduced(multiple, "max", empty=factor)

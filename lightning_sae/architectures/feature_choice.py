@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lightning_sae.allocation import (
     Choice,
+    RankDiscount,
     feature_choice_counting,
     midpoint_thresholds,
     round_budgets,
     scaled_thresholds,
     shared_out,
-    threshold_choice,
     zipf_budgets,
 )
 from lightning_sae.architectures.budget_law import budget_law
@@ -44,7 +44,6 @@ class FeatureChoiceSAE(ThresholdSAE):
     The paper sets budgets by a Zipf distribution and has features choose from the batch: that is
     `budgets="zipf"`, `min_matches=1` and `per_batch=True`. Its constants, how features get their
     ranks, what comes before and how a token is encoded without a batch are not known to us.
-    The documentation's results say what the other settings bring.
 
     Args:
         d_model: Width of the activations.
@@ -53,7 +52,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         budgets: How matches are shared out among the features: `measured`, in proportion to the
             densities of the first phase; `zipf`, along a Zipf-Mandelbrot law, by the rank of these
             densities; or `uniform`, the same for each.
-        per_batch: Whether budgets are of each batch by itself.
+        per_batch: Whether budgets are of each batch by itself. There is no `rank_discount` then.
         mutual_choice_share: Share of the run, 0 to 1, in which the batch chooses first. At 0
             features choose from the start, and budgets follow the law, by rank as features stand.
             Without a Trainer, or a set number of steps, the first phase lasts `dead_after_tokens`
@@ -136,6 +135,11 @@ class FeatureChoiceSAE(ThresholdSAE):
         self.register_buffer("target_density", torch.zeros(n_features, dtype=torch.float32))
         self.register_buffer("choosing", torch.tensor(False))
 
+    @property
+    def discount(self) -> RankDiscount | None:
+        """That of all, but none where features spend their budgets in every batch."""
+        return None if self.per_batch else super().discount
+
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuse also budgets that are negative, or, once features choose, all zero."""
         super().check_state(state)
@@ -169,7 +173,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             return self.choose_by_batch(scores)
         if self.per_batch or self.threshold.isnan().any():  # nothing is tracked yet
             return self._choose_per_batch(scores)
-        matches = threshold_choice(scores, self.threshold)
+        matches = self.choose_per_token(scores)
         return Choice(matches, matches.per_feature())
 
     def _choose_per_batch(self, scores: Scores) -> Choice:
@@ -285,7 +289,9 @@ class FeatureChoiceSAE(ThresholdSAE):
             return super().calibrated(scaled)
         scores, ranks = self.scores(scaled), self.layout.ranks
         budget = self.k * ranks.count(scaled, scaled.device)
-        return scaled_thresholds(scores, self.threshold, budget, ranks=ranks)
+        return scaled_thresholds(
+            scores, self.threshold, budget, discount=self.discount, ranks=ranks
+        )
 
     def _midpoints(self, scores: Scores, budgets: Tensor) -> Tensor:
         """Return thresholds (n_features,) that give each its budget, rounded, on all ranks."""

@@ -5,15 +5,21 @@ chosen activation. How Ayonrinde 2024 evaluates without a batch is not known to 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_sae.allocation import Choice, Importance, mutual_choice, threshold_choice
+from lightning_sae.allocation import (
+    Choice,
+    Importance,
+    RankDiscount,
+    mutual_choice,
+    threshold_choice,
+)
 from lightning_sae.callbacks.calibrate_thresholds import CalibrateThresholds
-from lightning_sae.checks import UsageError, require_choice, require_k
+from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
 from lightning_sae.core.gate import Gate, require_plain
 from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.loading import require_finite
@@ -44,6 +50,10 @@ class ThresholdSAE(SparseAutoencoder):
         normalize_inputs: `lightning_sae.core.input_scaling.NormalizeInputs`. With `average`, the
             paper's as far as is known, long tokens get more matches, and reconstruction is worse.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
+        rank_discount: How fast a token's matches beyond its k-th count for less: its r-th by
+            `(k / r) ** rank_discount`, as in `lightning_sae.allocation.RankDiscount`. Ours, and
+            better: 0 ranks by scores alone, as the paper does and BatchTopK, and is what formats of
+            other libraries can say; `without_discount` gets there from a trained SAE.
         scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has
             its own: `lightning_sae.architectures.threshold.Scope`.
         options: Those of `lightning_sae.SparseAutoencoder`.
@@ -73,6 +83,7 @@ class ThresholdSAE(SparseAutoencoder):
         dying_below: float = DYING_BELOW,
         normalize_inputs: NormalizeInputs = "token",
         importance: Importance = "affinity",
+        rank_discount: float = 1.0,
         scope: Scope = "global",
         **options: Any,
     ) -> None:
@@ -86,11 +97,18 @@ class ThresholdSAE(SparseAutoencoder):
         require_k(k, n_features)
         require_choice(importance=importance, of=get_args(Importance))
         require_choice(scope=scope, of=get_args(Scope))
+        require_not_negative(rank_discount=rank_discount)
         self.k = k
         self.importance = importance
+        self.rank_discount = rank_discount
         self.scope = scope
         shape = (n_features,) if self.threshold_per_feature else ()
         self.register_buffer("threshold", torch.full(shape, torch.nan, dtype=torch.float32))
+
+    @property
+    def discount(self) -> RankDiscount | None:
+        """What matches of a token beyond its k-th count for; None: as much as all others."""
+        return RankDiscount(self.k, self.rank_discount) if self.rank_discount else None
 
     @property
     def choosing_ranks(self) -> Ranks | None:
@@ -111,15 +129,18 @@ class ThresholdSAE(SparseAutoencoder):
             margin = min(2 * abs(last - before) + 0.03 * last, 0.2 * last)
             guess = last - margin if last > 0 else None
         budget = self.k * self.batch_tokens(scores)
-        return Choice(mutual_choice(scores, budget, guess, ranks=self.choosing_ranks))
+        return Choice(
+            mutual_choice(scores, budget, guess, discount=self.discount, ranks=self.choosing_ranks)
+        )
 
     def batch_threshold(self, chosen: Matches) -> Tensor:
-        """Return the smallest chosen score of a batch, 0-d.
+        """Return the smallest chosen score of a batch, or worth, 0-d.
 
         Zero if nothing was positive, and NaN if there are no tokens.
         """
         ranks, tokens = self.layout.ranks, chosen.shape[0]
-        smallest = chosen.value.min() if len(chosen) else chosen.value.new_tensor(torch.inf)
+        scores = self._worth(chosen)
+        smallest = scores.min() if len(chosen) else scores.new_tensor(torch.inf)
         some = torch.full_like(smallest, min(1, tokens))
         if self.scope == "global":
             both = ranks.all_reduce(torch.stack([smallest, 1 - some]), "min")
@@ -127,6 +148,12 @@ class ThresholdSAE(SparseAutoencoder):
         smallest = smallest.where(smallest.isfinite(), 0)
         both = ranks.all_reduce(torch.stack([smallest, some]))
         return both[0] / both[1]
+
+    def _worth(self, chosen: Matches) -> Tensor:
+        """Return what the batch ranked its choice by, (matches,): of a token, the largest."""
+        if self.discount is None:
+            return chosen.value
+        return self.discount(chosen.token, chosen.value)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return also what calibrates thresholds after the last step, unless the Trainer has it."""
@@ -155,6 +182,23 @@ class ThresholdSAE(SparseAutoencoder):
             raise UsageError("calibrate takes activations of at least one token")
         self.threshold.copy_(self.calibrated(self.scaled(x)))
 
+    def without_discount(self, x: Tensor) -> Self:
+        """Return a copy whose codes are the affinities above thresholds: what others can load.
+
+        It reconstructs worse. Thresholds are set anew, so that there are k matches a token again.
+
+        Args:
+            x: Activations to calibrate them on, shape (tokens, d_model), as in `calibrate`.
+        """
+        arguments: dict[str, Any] = {**self.hparams, "rank_discount": 0.0}
+        copy = type(self)(**arguments)
+        copy.load_state_dict(self.state_dict())
+        copy.to(self.threshold.device).calibrate(x)
+        copy.eval()
+        copy.record = {name: of for name, of in self.record.items() if name != "measured"}
+        copy.record["measured"] = {"l0": len(copy.match(x)) / len(x)}
+        return copy
+
     def calibrated(self, scaled: Tensor) -> Tensor:
         """Return `threshold` as all ranks' scaled activations (tokens, d_model) would have it.
 
@@ -169,9 +213,10 @@ class ThresholdSAE(SparseAutoencoder):
             self.scores(scaled),
             min(budget + 1, everything),
             guess if guess > 0 else None,
+            discount=self.discount,
             ranks=ranks,
         )
-        smallest = chosen.value.sort().values[:2]
+        smallest = self._worth(chosen).sort().values[:2]
         last_two = torch.cat(ranks.all_gather(smallest)).sort().values[:2]
         if ranks.count(chosen.token, scaled.device) > budget:
             return last_two.mean()
@@ -188,15 +233,22 @@ class ThresholdSAE(SparseAutoencoder):
                 f"threshold of {type(self).__name__} is not calibrated: "
                 "train on at least one batch, or load a trained checkpoint, before inference"
             )
-        return threshold_choice(scores, self.threshold)
+        return threshold_choice(scores, self.threshold, discount=self.discount)
 
     def gate(self) -> Gate:
         """Return that affinities above the threshold are the code.
 
         Raises:
-            UsageError: If pairs are ranked by something else than a multiple of the affinity.
+            UsageError: If pairs are ranked by something else than a multiple of the affinity, or
+                for less beside others of their token.
         """
         require_plain(self.importance)
+        if self.discount is not None:
+            raise UsageError(
+                f"rank_discount={self.rank_discount} depends on more than affinities, and no other "
+                "library knows it: export with without_discount=true, which takes its place by a "
+                "threshold alone and says what that costs"
+            )
         return Gate(threshold=self.threshold, relative=self.importance == "token_norm")
 
     def observe(self, scores: Scores, choice: Choice) -> None:
@@ -206,7 +258,7 @@ class ThresholdSAE(SparseAutoencoder):
         if bool(seen.isnan()):
             return
         own = self.scope == "local" and len(chosen) > 0
-        last = float(chosen.value.min() if own else seen)
+        last = float(self._worth(chosen).min() if own else seen)
         self._cuts = (self._cuts[1] if self._cuts else last, last)
         first = self.threshold.isnan()
         self.threshold.copy_(

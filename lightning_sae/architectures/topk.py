@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_sae.allocation import Choice, Importance, token_choice
 from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
 from lightning_sae.core.gate import Gate, require_plain
+from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.matches import Matches
 from lightning_sae.sae import SparseAutoencoder
@@ -31,6 +32,7 @@ class TopKSAE(SparseAutoencoder):
         multi_k_coefficient: Weight of a second reconstruction, with `multi_k` matches per token.
         multi_k: Matches per token in it, 1 to n_features. Default: 4 k. They do not count as
             firing.
+        normalize_inputs: `lightning_sae.core.input_scaling.NormalizeInputs`.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         options: Those of `lightning_sae.SparseAutoencoder`.
 
@@ -46,10 +48,11 @@ class TopKSAE(SparseAutoencoder):
         *,
         multi_k_coefficient: float = 0.0,
         multi_k: int | None = None,
+        normalize_inputs: NormalizeInputs = "token",
         importance: Importance = "affinity",
         **options: Any,
     ) -> None:
-        super().__init__(d_model, n_features, **options)
+        super().__init__(d_model, n_features, normalize_inputs=normalize_inputs, **options)
         require_choice(importance=importance, of=get_args(Importance))
         require_k(k, n_features)
         require_not_negative(multi_k_coefficient=multi_k_coefficient)

@@ -5,17 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from lightning_sae import interop
+from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.cli.recorded import recorded_activations
 from lightning_sae.cli.trained import imported, trained
+from lightning_sae.metrics import FractionOfVarianceUnexplained
+from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["export_sae", "import_sae"]
 
 Library = Literal["saelens", "sparsify", "dictionary_learning", "openmoss"]
 
 
-def export_sae(ckpt_path: str, to: Library, output: str, tokens: int = 4096) -> None:
+def export_sae(
+    ckpt_path: str, to: Library, output: str, tokens: int = 16_384, without_discount: bool = False
+) -> None:
     """Write a trained SAE for another library, load it there, and compare.
 
     Args:
@@ -24,13 +31,31 @@ def export_sae(ckpt_path: str, to: Library, output: str, tokens: int = 4096) -> 
         to: The library. Where it is installed it loads what was written itself.
         output: Folder to write to.
         tokens: Held-out tokens of what the SAE was trained on to compare on, beside random ones.
+        without_discount: Whether an SAE with a `rank_discount`, which no other library knows, is
+            written with one of 0, its thresholds set anew on these tokens.
     """
     require_positive(tokens=tokens)
     sae = trained(ckpt_path)
     real = recorded_activations(sae.record, tokens)
+    if without_discount:
+        sae = _without_discount(sae, real)
     for comparison in interop.export(sae, to, output, real):
         print(comparison)
     print(f"{output} is for {to}.")
+
+
+def _without_discount(sae: SparseAutoencoder, activations: Tensor | None) -> SparseAutoencoder:
+    if not (isinstance(sae, ThresholdSAE) and sae.rank_discount):
+        raise UsageError(f"without_discount=true: {type(sae).__name__} has no rank_discount")
+    if activations is None:
+        raise UsageError("without_discount=true: what the SAE was trained on is not at hand")
+    plain = sae.without_discount(activations)
+    before, after = (
+        float(FractionOfVarianceUnexplained(sae.d_model)(each(activations), activations))
+        for each in (sae, plain)
+    )
+    print(f"FVU of the SAE {before:.4f}, without the discount {after:.4f}")
+    return plain
 
 
 def import_sae(path: str, output: str, k: int | None = None, tokens: int = 16_384) -> None:

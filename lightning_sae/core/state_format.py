@@ -14,7 +14,7 @@ from lightning_sae.checks import UsageError
 
 __all__ = ["FORMAT", "is_sae", "rename", "require_known", "upgrade_names", "upgrade_state"]
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 TENSORS: Final = {
     "W_dec": "decoder.weight",
@@ -69,7 +69,7 @@ def upgrade_state(
 
     Raises:
         UsageError: If it is of a later format than this version knows, or of one in which all
-            tokens had one scale, and the module gives each its own.
+            tokens had one scale, or matches no discount, and the module has other settings.
     """
     # A state dict without the note is an older one, or was made by something else than torch.
     number = require_known(metadata.get("version", 1))
@@ -77,5 +77,9 @@ def upgrade_state(
         raise UsageError(
             "normalize_inputs='token': the state to load was trained with 'average', and perhaps "
             "with importance='token_norm', the defaults of its time: give both"
+        )
+    if number in (2, 3) and getattr(module, "discount", None) is not None:
+        raise UsageError(
+            "the state to load was trained without a discount for ranks: give rank_discount=0"
         )
     upgrade_names(state_dict)

@@ -206,8 +206,8 @@ def _of_the_class(folded: FoldedSAE, k: int | None) -> SparseAutoencoder:
     own = gate.threshold * lengths
     one = bool(((own - own.mean()).abs() <= 1e-6 * own.mean()).all())
     kind = MutualChoiceSAE if one else FeatureChoiceSAE
-    importance: Any = {"importance": "token_norm" if gate.relative else "affinity"}
-    return kind(d_model, n_features, k, **normalize, **importance)
+    importance: Any = "token_norm" if gate.relative else "affinity"
+    return kind(d_model, n_features, k, rank_discount=0, importance=importance, **normalize)
 
 
 def _scale(sae: SparseAutoencoder) -> Tensor:

@@ -10,7 +10,12 @@ from lightning_sae.selection.candidates import (
     largest_of_each_token,
     pairs_above,
 )
-from lightning_sae.selection.ranking import among_largest, largest_pairs, places
+from lightning_sae.selection.ranking import (
+    among_largest,
+    among_largest_pairs,
+    largest_pairs,
+    places,
+)
 from lightning_sae.selection.scores import Scores, TensorScores
 from lightning_sae.selection.search import Search
 
@@ -19,6 +24,7 @@ __all__ = [
     "Search",
     "TensorScores",
     "among_largest",
+    "among_largest_pairs",
     "candidates_of_batch",
     "largest_of_each_feature",
     "largest_of_each_token",

@@ -77,15 +77,26 @@ def largest_pairs(pairs: Matches, count: int) -> Matches:
     Returns:
         Pairs in the order they were in.
     """
-    if count == 0 or count >= len(pairs):
-        return pairs.select(pairs.token.new_ones(len(pairs), dtype=torch.bool) & (count > 0))
-    cut = pairs.value.topk(count).values[-1]
-    chosen = pairs.value >= cut
+    return pairs.select(among_largest_pairs(pairs.token, pairs.value, count))
+
+
+def among_largest_pairs(token: Tensor, score: Tensor, count: int) -> Tensor:
+    """Mark the `count` pairs of largest score, bool, (pairs,): those of `largest_pairs`.
+
+    Args:
+        token: Of each pair, int64, shape (pairs,), of pairs that are sorted as these are.
+        score: Of each pair, shape (pairs,).
+        count: From 0.
+    """
+    if count == 0 or count >= len(token):
+        return token.new_ones(len(token), dtype=torch.bool) & (count > 0)
+    cut = score.topk(count).values[-1]
+    chosen = score >= cut
     surplus = int(chosen.sum()) - count
     if surplus:  # equal ones: drop the last
-        tied = (pairs.value == cut).nonzero().squeeze(1)
-        chosen[tied[pairs.token[tied].argsort(stable=True)[-surplus:]]] = False
-    return pairs.select(chosen)
+        tied = (score == cut).nonzero().squeeze(1)
+        chosen[tied[token[tied].argsort(stable=True)[-surplus:]]] = False
+    return chosen
 
 
 def largest_pairs_of_each_token(pairs: Matches, count: int) -> Matches:

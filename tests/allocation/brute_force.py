@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sae.allocation import Matches
+from lightning_sae.allocation import Matches, RankDiscount
 
 thorough = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -56,6 +56,23 @@ def by_token(affinity: Tensor, k: int) -> Tensor:
 def by_batch(affinity: Tensor, budget: int) -> Tensor:
     tokens, features = affinity.shape
     return _walk(affinity, [[0] * features] * tokens, [budget])
+
+
+def discounted(affinity: Tensor, k: int, exponent: float) -> Tensor:
+    """Return affinities, those beyond a token's k-th times (k / rank) ** exponent."""
+    worth = affinity.clone()
+    for n in range(len(affinity)):
+        ordered = sorted(range(affinity.shape[1]), key=lambda i: (-affinity[n, i].item(), i))
+        for rank, i in enumerate(ordered, start=1):
+            if rank > k:
+                worth[n, i] *= (k / rank) ** exponent
+    return worth
+
+
+def worth_of(affinity: Tensor, discount: RankDiscount) -> Tensor:
+    """Return what a discount makes of positive affinities, which is tested against `discounted`."""
+    pairs = (affinity > 0).nonzero(as_tuple=True)
+    return torch.zeros_like(affinity).index_put(pairs, discount(pairs[0], affinity[pairs]))
 
 
 def by_feature(affinity: Tensor, budgets: list[int]) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sae.allocation import TensorScores, mutual_choice
+from lightning_sae.allocation import RankDiscount, TensorScores, mutual_choice
 from lightning_sae.selection import scores
 from tests.allocation.brute_force import (
     AWKWARD,
@@ -19,6 +19,7 @@ from tests.allocation.brute_force import (
     by_batch,
     check,
     thorough,
+    worth_of,
 )
 
 
@@ -41,6 +42,34 @@ def test_is_the_brute_force_from_tiles(case: str, size: tuple[int, int], pairs: 
             cut = expected[expected > 0].min().item() if (expected > 0).any() else 0.0
             for guess in (None, 0.0, 0.97 * cut, cut, 1.01 * cut, 1e30, -1.0):
                 check(mutual_choice(lazy, budget, guess), expected)
+
+
+@thorough
+@given(affinities(), st.data(), st.integers(1, 4), st.sampled_from([0.5, 1.0, 2.0]))
+def test_is_the_brute_force_with_a_discount(
+    affinity: Tensor, data: st.DataObject, k: int, exponent: float
+):
+    budget = data.draw(st.integers(0, affinity.numel()))
+    discount = RankDiscount(k, exponent)
+    worth = worth_of(affinity, discount)
+    expected = torch.where(by_batch(worth, budget) > 0, affinity, 0)
+    check(mutual_choice(affinity, budget, discount=discount), expected)
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", AWKWARD)
+def test_a_discount_is_the_same_from_tiles(case: str, size: tuple[int, int], pairs: int):
+    affinity, discount = awkward(case, size), RankDiscount(4)
+    worth = worth_of(affinity, discount)
+    lazy = TensorScores(affinity)
+    with patch.multiple(scores, _PAIRS=pairs, _TOKENS=24):
+        for budget in (0, 1, 4 * size[0], affinity.numel()):
+            most = by_batch(worth, budget)
+            expected = torch.where(most > 0, affinity, 0)
+            cut = most[most > 0].min().item() if (most > 0).any() else 0.0
+            for guess in (None, 0.0, 0.97 * cut, cut, 1.01 * cut, 1e30, -1.0):
+                check(mutual_choice(lazy, budget, guess, discount=discount), expected)
 
 
 def test_large_batches_spend_exactly_their_budgets():

@@ -92,7 +92,7 @@ def test_every_feature_fires_in_every_batch():
 def test_the_batch_chooses_first_and_then_features_by_their_density():
     options = {"budgets": "zipf", "min_matches": 1, "per_batch": True}
     sae = FeatureChoiceSAE(8, 24, 3, mutual_choice_tokens=60 * 512, **options)
-    mutual = MutualChoiceSAE(8, 24, 3)
+    mutual = MutualChoiceSAE(8, 24, 3, rank_discount=0)
     mutual.load_state_dict(dict(sae.named_parameters()), strict=False)
     train(sae, 60)
     train(mutual, 60)

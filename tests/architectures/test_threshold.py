@@ -3,34 +3,45 @@
 import pytest
 import torch
 
-from lightning_sae import MutualChoiceSAE
+from lightning_sae import MutualChoiceSAE, UsageError
 from tests.helpers.architectures import chosen
 from tests.helpers.superposition import superposition
 
+every_discount = pytest.mark.parametrize("rank_discount", [0.0, 1.0])
 
-def test_the_threshold_follows_the_smallest_choice_and_keeps_the_budget():
+
+def smallest_choice(sae: MutualChoiceSAE, x: torch.Tensor) -> torch.Tensor:
+    matches = chosen(sae, x)
+    values = matches.value.detach()
+    return (sae.discount(matches.token, values) if sae.discount else values).min()
+
+
+@every_discount
+def test_the_threshold_follows_the_smallest_choice_and_keeps_the_budget(rank_discount: float):
     torch.manual_seed(0)
-    sae = MutualChoiceSAE(8, 24, k=3, normalize_inputs="average")
+    options = {"rank_discount": rank_discount, "normalize_inputs": "average"}
+    sae = MutualChoiceSAE(8, 24, k=3, **options)
     x = superposition(128, 8, n_features=16, seed=0)
     sae.loss(x)
-    smallest = chosen(sae, x).value.min()
-    torch.testing.assert_close(sae.threshold, smallest.detach())
+    torch.testing.assert_close(sae.threshold, smallest_choice(sae, x))
     for _ in range(3):
         sae.loss(x)
     sae.eval()
     assert (sae.encode(x) > 0).sum().item() / 128 == pytest.approx(3, rel=0.01)
 
 
-def test_the_threshold_is_a_running_average():
+@every_discount
+def test_the_threshold_is_a_running_average(rank_discount: float):
     torch.manual_seed(0)
-    sae = MutualChoiceSAE(8, 24, k=3, normalize_inputs="average")
+    options = {"rank_discount": rank_discount, "normalize_inputs": "average"}
+    sae = MutualChoiceSAE(8, 24, k=3, **options)
     batches = [superposition(128, 8, n_features=16, seed=seed) * (1 + seed) for seed in range(2)]
     sae.loss(batches[0])
     first = sae.threshold.clone()
     sae.loss(batches[1])
-    second = chosen(sae, batches[1]).value.min()
+    second = smallest_choice(sae, batches[1])
     assert second > 1.2 * first
-    torch.testing.assert_close(sae.threshold, (0.9 * first + 0.1 * second).detach())
+    torch.testing.assert_close(sae.threshold, 0.9 * first + 0.1 * second)
 
 
 def test_an_uncalibrated_threshold_is_refused():
@@ -65,9 +76,31 @@ def test_tokens_that_training_leaves_out_have_no_part_in_calibration():
         sae.calibrate(massive)
 
 
-def test_calibration_gives_k_matches_a_token_on_these_tokens():
-    sae = MutualChoiceSAE(8, 24, k=3)
+@every_discount
+def test_calibration_gives_k_matches_a_token_on_these_tokens(rank_discount: float):
+    torch.manual_seed(1)
+    sae = MutualChoiceSAE(8, 24, k=3, rank_discount=rank_discount)
     sae.loss(superposition(64, 8, n_features=16, seed=0))
     held_out = superposition(3000, 8, n_features=16, seed=1)
+    held_out += 0.01 * torch.randn(3000, 8)  # of tokens that are alike all or none would match
     sae.calibrate(held_out)
     assert (sae.eval().encode(held_out) > 0).sum() == 3 * 3000
+
+
+def test_without_its_discount_an_sae_has_as_many_matches_and_a_gate():
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(8, 24, k=3)
+    x = superposition(3000, 8, n_features=16, seed=1)
+    sae.loss(x)
+    sae.record = {"trained_on": {"layer": 2}, "measured": {"fvu": 0.1}}
+    with pytest.raises(UsageError, match=r"rank_discount=1.0 depends on more than affinities"):
+        sae.gate()
+    plain = sae.without_discount(x)
+    assert plain.hparams["rank_discount"] == 0
+    assert plain.gate().threshold is plain.threshold
+    assert len(plain.match(x)) == 3 * 3000
+    assert plain.record == {"trained_on": {"layer": 2}, "measured": {"l0": 3.0}}
+    torch.testing.assert_close(plain.W_dec, sae.W_dec)
+    assert sae.record["measured"] == {"fvu": 0.1}
+    assert sae.rank_discount == 1
+    assert plain.match(x).per_token().float().std() > sae.match(x).per_token().float().std()

@@ -1,6 +1,7 @@
 """The commands `export` and `import`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from lightning_sae import MutualChoiceSAE, TopKSAE, load
 from lightning_sae.cli import main
+from lightning_sae.interop import load_foreign, unfold
 from tests.helpers.foreign import RECORD, assert_same, trained
 
 QUICKSTART = {"trained_on": {"model_name": "quickstart", "layer": 1, "text": "quickstart"}}
@@ -35,7 +37,7 @@ def test_an_sae_leaves_and_comes_back(capsys):
 
 def test_real_activations_are_compared_where_they_can_be_read(capsys):
     torch.manual_seed(0)
-    sae = MutualChoiceSAE(256, 64, 4)
+    sae = MutualChoiceSAE(256, 64, 4, rank_discount=0)
     sae.loss(torch.randn(512, 256))
     sae.record = QUICKSTART
     sae.save_pretrained("mine")
@@ -45,8 +47,30 @@ def test_real_activations_are_compared_where_they_can_be_read(capsys):
     assert real.startswith("real activations, 500 tokens")
 
 
+@pytest.mark.filterwarnings("ignore:What the SAE was trained on is not known")
+def test_a_discount_is_left_out_if_that_is_asked_for(capsys):
+    torch.manual_seed(0)
+    sae = MutualChoiceSAE(256, 64, 4)
+    sae.loss(torch.randn(512, 256))
+    sae.record = QUICKSTART
+    sae.save_pretrained("mine")
+    line = ["export", "--ckpt_path=mine", "--to=saelens", "--tokens=500"]
+    with pytest.raises(SystemExit, match="export with without_discount=true"):
+        main([*line, "--output=theirs"])
+    main([*line, "--output=theirs", "--without_discount=true"])
+    cost, _, real, _ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"FVU of the SAE \d\.\d{4}, without the discount \d\.\d{4}", cost)
+    assert "L0 4.000 here, 4.000 by" in real
+    again = unfold(load_foreign("saelens:theirs"), k=4)
+    assert isinstance(again, MutualChoiceSAE)
+    assert again.discount is None
+    TopKSAE(256, 64, 4).save_pretrained("plain")
+    with pytest.raises(SystemExit, match="TopKSAE has no rank_discount"):
+        main([*line, "--ckpt_path=plain", "--output=other", "--without_discount=true"])
+
+
 def test_mean_and_scale_are_measured_where_they_can_be_read():
-    sae = TopKSAE(256, 64, 4)
+    sae = TopKSAE(256, 64, 4, normalize_inputs="average")
     sae.loss(torch.randn(512, 256))
     sae.record = QUICKSTART
     sae.save_pretrained("mine")

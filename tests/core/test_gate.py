@@ -11,7 +11,8 @@ def test_every_architecture_says_what_its_codes_are():
     assert StandardSAE(8, 16).gate() == Gate()
     assert TopKSAE(8, 16, 3).gate() == Gate(k=3)
     for kind, shape in ((MutualChoiceSAE, ()), (FeatureChoiceSAE, (16,))):
-        sae = kind(8, 16, 3, mutual_choice_tokens=10) if shape else kind(8, 16, 3)
+        options = {"mutual_choice_tokens": 10} if shape else {}
+        sae = kind(8, 16, 3, rank_discount=0, **options)
         sae.loss(torch.randn(64, 8))
         gate = sae.gate()
         assert gate.threshold is sae.threshold
@@ -20,7 +21,7 @@ def test_every_architecture_says_what_its_codes_are():
 
 
 def test_thresholds_of_scores_by_length_are_relative():
-    assert MutualChoiceSAE(8, 16, 3, importance="token_norm").gate().relative
+    assert MutualChoiceSAE(8, 16, 3, importance="token_norm", rank_discount=0).gate().relative
 
 
 def test_what_is_ranked_by_more_than_affinities_has_none():

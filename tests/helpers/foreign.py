@@ -35,8 +35,11 @@ def tokens(number: int = 512) -> Tensor:
 
 
 def trained(kind: str, **options) -> SparseAutoencoder:
+    """An SAE as others have them: without a discount, and TopK with one scale for all tokens."""
     torch.manual_seed(0)
-    sae = ARCHITECTURES[kind](**options)
+    discount = {"rank_discount": 0} if "choice" in kind else {}
+    scale = {"normalize_inputs": "average"} if kind == "topk" else {}
+    sae = ARCHITECTURES[kind](**discount | scale | options)
     sae.loss(tokens(1024))
     train(sae, 20)
     for _ in range(20):

@@ -52,7 +52,7 @@ def test_what_comes_back_learns_on():
 
 def test_what_has_no_threshold_yet_is_refused():
     with pytest.raises(UsageError, match="threshold of MutualChoiceSAE is not calibrated"):
-        fold(MutualChoiceSAE(16, 48, 4))
+        fold(MutualChoiceSAE(16, 48, 4, rank_discount=0))
 
 
 def test_what_no_gate_can_say_is_refused():

@@ -50,7 +50,7 @@ def hooked(model: PreTrainedModel, tokenizer: Any) -> HookedTransformer:
 
 def test_saebench_measures_what_we_measure(tmp_path: Path):
     data = ActivationDataModule("quickstart", 2, batch_size=2048, validation_tokens=16_384)
-    sae = MutualChoiceSAE(data.d_model, 1024, 16)
+    sae = MutualChoiceSAE(data.d_model, 1024, 16, rank_discount=0)
     trainer = pl.Trainer(
         max_steps=150,
         val_check_interval=150,
