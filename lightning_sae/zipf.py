@@ -27,10 +27,9 @@ FEWEST_FIRINGS = 20
 DYING_BELOW = 0.75
 """A feature is dying if it is alive and below this share of the density the law gives its rank.
 
-A reconstruction: the paper's definition was not available. The auxiliary loss helps features below
-this share by default (`dying_below`), as helping those below 3/4 left fewer of them than helping
-those below 1/2; `dying_fraction` counts by the same number, at ranks where the law expects
-`FEWEST_FIRINGS` at least.
+A reconstruction: the paper's definition was not available. In short runs `aux_zipf_loss` left fewer
+of them with this as its `dying_below` than with 1/2. `dying_fraction` counts by it, at ranks where
+the law expects `FEWEST_FIRINGS` at least.
 """
 
 _FLATTEST, _STEEPEST = 0.1, 3.0  # exponents

@@ -44,11 +44,14 @@ NO_AUX, AUX_K = {"aux_coefficient": 0}, {"dying_below": 0}
 ZIPF = {"budgets": "zipf", "per_batch": True, "min_matches": 1}
 UNIFORM, FROM_SCRATCH = {"budgets": "uniform", "per_batch": True}, {"mutual_choice_share": 0}
 AVERAGE = {"normalize_inputs": "average"}
-AFFINITY, TOKEN_NORM = ({"importance": by} | AVERAGE for by in ("affinity", "token_norm"))
+AS_WAS = AVERAGE | {"rank_discount": 0, "dying_below": 0.75}  # the defaults came later
+AFFINITY, TOKEN_NORM, GAIN = (
+    {"importance": by} | AS_WAS for by in ("affinity", "token_norm", "gain")
+)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),
-    "topk": ("topk", NO_AUX),
-    "topk, aux_k": ("topk", {}),
+    "topk": ("topk", AVERAGE | NO_AUX),
+    "topk, aux_k": ("topk", AVERAGE),
     "mutual": ("mutual_choice", AFFINITY | NO_AUX),
     "mutual, aux_k": ("mutual_choice", AFFINITY | AUX_K),
     "mutual, aux_zipf": ("mutual_choice", AFFINITY),
@@ -61,7 +64,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {  # for one k only
     "feature zipf from scratch, aux_zipf": ("feature_choice", AFFINITY | ZIPF | FROM_SCRATCH),
-    "mutual by gain, aux_zipf": ("mutual_choice", {"importance": "gain"} | AVERAGE),
+    "mutual by gain, aux_zipf": ("mutual_choice", GAIN),
     "mutual by token_norm": ("mutual_choice", TOKEN_NORM | NO_AUX),
     "mutual, aux_zipf below half": ("mutual_choice", AFFINITY | {"dying_below": 0.5}),
     "mutual by token_norm, aux_zipf every 8": ("mutual_choice", TOKEN_NORM | {"aux_every": 8}),

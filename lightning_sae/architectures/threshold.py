@@ -27,7 +27,6 @@ from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
 from lightning_sae.selection import Scores
-from lightning_sae.zipf import DYING_BELOW
 
 Scope = Literal["global", "local"]
 """Which tokens are chosen from together, under data parallelism:
@@ -45,8 +44,6 @@ class ThresholdSAE(SparseAutoencoder):
         d_model: Width of the activations.
         n_features: Size of the dictionary.
         k: Expected matches per token, 1 to n_features.
-        dying_below: Share of its Zipf density below which a feature counts as dying and is helped
-            too (`aux_zipf_loss`); 0 helps dead ones alone (`aux_k_loss`).
         normalize_inputs: `lightning_sae.core.input_scaling.NormalizeInputs`. With `average`, the
             paper's as far as is known, long tokens get more matches, and reconstruction is worse.
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
@@ -80,20 +77,13 @@ class ThresholdSAE(SparseAutoencoder):
         n_features: int,
         k: int,
         *,
-        dying_below: float = DYING_BELOW,
         normalize_inputs: NormalizeInputs = "token",
         importance: Importance = "affinity",
         rank_discount: float = 1.0,
         scope: Scope = "global",
         **options: Any,
     ) -> None:
-        super().__init__(
-            d_model,
-            n_features,
-            dying_below=dying_below,
-            normalize_inputs=normalize_inputs,
-            **options,
-        )
+        super().__init__(d_model, n_features, normalize_inputs=normalize_inputs, **options)
         require_k(k, n_features)
         require_choice(importance=importance, of=get_args(Importance))
         require_choice(scope=scope, of=get_args(Scope))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sae.allocation import (
+    RankDiscount,
     feature_choice,
     feature_choice_counting,
     midpoint_thresholds,
@@ -18,7 +19,8 @@ from lightning_sae.parallel import Ranks
 from tests.allocation.brute_force import affinities, by_batch, by_feature, midpoints
 from tests.helpers.ddp import run_on
 
-Chosen = tuple[Tensor, Tensor, Tensor]
+Chosen = tuple[Tensor, Tensor, Tensor, Tensor]
+DISCOUNT = RankDiscount(2)
 
 
 def choose(
@@ -27,7 +29,9 @@ def choose(
     ranks, mine = ranks or Ranks(), parts[rank]
     chosen_by_feature = feature_choice(mine, budgets, ranks=ranks).to_dense()
     thresholds = midpoint_thresholds(mine, budgets, ranks=ranks)
-    return chosen_by_feature, mutual_choice(mine, budget, ranks=ranks).to_dense(), thresholds
+    by_all = mutual_choice(mine, budget, ranks=ranks).to_dense()
+    by_worth = mutual_choice(mine, budget, discount=DISCOUNT, ranks=Ranks()).to_dense()
+    return chosen_by_feature, by_all, thresholds, by_worth
 
 
 def check(ranks: int, scores: Tensor, data: st.DataObject) -> None:
@@ -41,7 +45,9 @@ def check(ranks: int, scores: Tensor, data: st.DataObject) -> None:
     results = run_on(ranks, choose, parts, budget, torch.tensor(budgets))
     assert torch.equal(torch.cat([each[0] for each in results]), by_feature(scores, budgets))
     assert torch.equal(torch.cat([each[1] for each in results]), by_batch(scores, budget))
-    for _, _, thresholds in results:
+    expected_by_worth = mutual_choice(scores, budget, discount=DISCOUNT).to_dense()
+    assert torch.equal(torch.cat([each[3] for each in results]), expected_by_worth)
+    for _, _, thresholds, _ in results:
         assert torch.equal(thresholds, expected)
 
 
@@ -72,7 +78,7 @@ def choose_and_count(
     rank: int, parts: list[Tensor], budget: int, budgets: Tensor
 ) -> tuple[Tensor, Tensor, list[int]]:
     ranks = Counting()
-    chosen_by_feature, chosen_by_batch, _ = choose(rank, parts, budget, budgets, ranks)
+    chosen_by_feature, chosen_by_batch, *_ = choose(rank, parts, budget, budgets, ranks)
     return chosen_by_batch, chosen_by_feature, ranks.sent
 
 
@@ -104,7 +110,11 @@ def choose_in_other_ways(rank: int, parts: list[Tensor]) -> list[Tensor]:
     assert torch.equal(
         counted.matches.to_dense(), feature_choice(mine, budgets, ranks=ranks).to_dense()
     )
-    guessed = [mutual_choice(mine, 40, guess, ranks=ranks).to_dense() for guess in (0.1, 1.0, 9.0)]
+    guessed = [
+        mutual_choice(mine, 40, guess, discount=discount, ranks=ranks).to_dense()
+        for discount in (None, DISCOUNT)
+        for guess in (0.1, 1.0, 9.0)
+    ]
     return [counted.passing, feature_choice(mine, budgets).to_dense(), *guessed]
 
 
@@ -115,8 +125,10 @@ def test_ranks_count_their_own_tokens_and_choose_alone_unless_told():
     for mine, (passing, alone, *_) in zip(parts, results, strict=True):
         assert torch.equal(passing, (mine > 0.5).sum(0))
         assert torch.equal(alone, by_feature(mine, [5] * 10))
-    for guessed in zip(*(each[2:] for each in results), strict=True):
-        assert torch.equal(torch.cat(guessed), by_batch(scores, 40))
+    expected = [by_batch(scores, 40)] * 3
+    expected += [mutual_choice(scores, 40, discount=DISCOUNT).to_dense()] * 3
+    for i, guessed in enumerate(zip(*(each[2:] for each in results), strict=True)):
+        assert torch.equal(torch.cat(guessed), expected[i])
 
 
 IMPOSSIBLE = [
