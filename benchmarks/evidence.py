@@ -1,0 +1,210 @@
+"""Trains every architecture in a regime where features die, and measures what each is worth.
+
+    python -m benchmarks.evidence [--work runs/evidence] [--processes 2] [--threads 1] [--only TEXT]
+
+On the language model that ships with the package: 5 million tokens for each SAE, thresholds set so
+that each has k matches a token on the text it is measured on. Activations are computed once. Each
+SAE adds a line to `benchmarks/evidence.jsonl`; those that have one are not made again, and a run
+that was interrupted goes on from its last checkpoint. The first of the grid matter most. On two
+cores a run of 8,192 features takes a quarter of an hour, and the whole grid days; on a GPU, with
+`--processes 1`, minutes each. `python -m benchmarks.evidence_tables` makes tables and figures of
+what there is.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+TOKENS, BATCH, LAYER, D_MODEL = 5_000_000, 2048, 2, 256
+STEPS = TOKENS // BATCH
+MANY = 1 << 20  # held-out tokens on which features may fire
+MEASURED = 1 << 18  # of these, for everything else
+OF_THE_MODEL = 32_768  # for the language model's loss
+DEAD_AFTER = 100_000
+LEARNING_RATE = 2e-3
+
+NO_AUX, AUX_K, AUX_ZIPF = {"aux_coefficient": 0}, {"dying_below": 0}, {"dying_below": 0.75}
+PAPER = {"budgets": "zipf", "min_matches": 1, "per_batch": True}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "TopK": ("TopKSAE", {}),
+    "Mutual Choice": ("MutualChoiceSAE", {}),
+    "Feature Choice": ("FeatureChoiceSAE", {}),
+    "Mutual Choice, the paper's": ("MutualChoiceSAE", {"rank_discount": 0}),
+    "Feature Choice, the paper's": ("FeatureChoiceSAE", PAPER),
+    "TopK, no auxiliary loss": ("TopKSAE", NO_AUX),
+    "TopK, aux_zipf_loss": ("TopKSAE", AUX_ZIPF),
+    "Mutual Choice, no auxiliary loss": ("MutualChoiceSAE", NO_AUX),
+    "Mutual Choice, aux_k_loss": ("MutualChoiceSAE", AUX_K),
+    "Feature Choice, uniform": ("FeatureChoiceSAE", {"budgets": "uniform"}),
+    "Feature Choice, rank_discount 0": ("FeatureChoiceSAE", {"rank_discount": 0}),
+}
+"""By name: the class, and what is not its default."""
+CHIEF = tuple(VARIANTS)[:3]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One SAE of the grid."""
+
+    variant: str
+    n_features: int
+    k: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.variant}, F={self.n_features}, k={self.k}, seed {self.seed}"
+
+
+def grid() -> Iterator[Run]:
+    """Yield all runs, those that say most first."""
+    order = [
+        *itertools.product(VARIANTS, [8192], [16], [0]),
+        *itertools.product(CHIEF, [8192], [16], [1, 2]),
+        *itertools.product(CHIEF, [8192], [32], [0]),
+        *itertools.product(CHIEF, [16384], [16], [0]),
+        *itertools.product(VARIANTS, [8192, 16384], [16, 32], [0, 1, 2]),
+    ]
+    yield from dict.fromkeys(Run(*each) for each in order)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the runs that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="runs whose name has this in it")
+    given = parser.parse_args(arguments)
+    given.work.mkdir(parents=True, exist_ok=True)
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    done = {Run(**json.loads(line)["run"]) for line in lines}
+    todo = [run for run in grid() if run not in done and given.only in str(run)]
+    prepare(given.work)
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        made = [pool.submit(train_and_measure, run, given.work, given.threads) for run in todo]
+        for each in as_completed(made):
+            result = each.result()
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(Run(**result["run"]), f"FVU {result['fvu']:.4f}", flush=True)
+
+
+def prepare(work: Path) -> None:
+    """Compute what all runs share: the text, activations of it, and those to measure on."""
+    from lightning_sae.tensor_files import save_tensors
+
+    make_text(work / "text")
+    if (work / "held_out.safetensors").exists():
+        return
+    data = activations(work, seed=0, test_tokens=MANY)
+    data.prepare_data()
+    data.setup("test")
+    batches = [batch["activations"].half() for batch in data.test_dataloader()]
+    import torch
+
+    save_tensors({"activations": torch.cat(batches)[:MANY]}, work / "held_out.safetensors")
+
+
+def activations(work: Path, seed: int, **options: Any) -> Any:
+    """Return the data module of a run."""
+    from lightning_sae import ActivationDataModule
+
+    return ActivationDataModule(
+        "quickstart",
+        layer=LAYER,
+        text=str(work / "text"),
+        batch_size=BATCH,
+        validation_tokens=OF_THE_MODEL,
+        cache_dir=str(work / "cache"),
+        cache_dtype="float16",
+        seed=seed,
+        **options,
+    )
+
+
+def train_and_measure(run: Run, work: Path, threads: int) -> dict[str, Any]:
+    """Train one SAE, and return what it is worth."""
+    import lightning.pytorch as pl
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    import lightning_sae
+    from benchmarks.evidence_measures import DeadCurve, measure
+    from lightning_sae.callbacks import LossRecoveredCallback
+
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    pl.seed_everything(run.seed)
+    name, options = VARIANTS[run.variant]
+    folder = work / str(run).replace(" ", "_").replace(",", "").replace("'", "")
+    sae = getattr(lightning_sae, name)(
+        D_MODEL, run.n_features, run.k, dead_after_tokens=DEAD_AFTER, **options
+    )
+    sae.lr = LEARNING_RATE
+    curve, quiet = DeadCurve(), {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        max_steps=STEPS,
+        max_epochs=-1,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        callbacks=[
+            curve,
+            ModelCheckpoint(folder, every_n_train_steps=200, save_top_k=0, save_last=True),
+        ],
+        **quiet,
+    )
+    start = time.process_time()
+    last = folder / "last.ckpt"
+    trainer.fit(sae, activations(work, run.seed), ckpt_path=last if last.exists() else None)
+    seconds = time.process_time() - start
+    result = {"run": asdict(run), "cpu_seconds": seconds, "dead_curve": curve.points}
+    result |= measure(sae, work / "held_out.safetensors", MEASURED)
+    tester = pl.Trainer(logger=False, callbacks=[LossRecoveredCallback(OF_THE_MODEL)], **quiet)
+    data = activations(work, seed=0, test_tokens=OF_THE_MODEL)
+    (figures,) = tester.test(sae, data, verbose=False)
+    result["loss_recovered"] = figures["test/loss_recovered_mean"]
+    result["delta_ce"] = figures["test/delta_ce"]
+    sae.save_pretrained(folder.with_name(f"{folder.name}.sae"))
+    shutil.rmtree(folder)
+    return result
+
+
+def make_text(folder: Path) -> None:
+    """Write the shipped text, with more to test on: the Python sources of the installed torch.
+
+    The held-out part of the shipped text is less than the million tokens that a search for dead
+    features wants. The language model has seen no sources of torch.
+    """
+    import datasets
+    import torch
+
+    from lightning_sae.quickstart import TEXT
+
+    if folder.exists():
+        return
+    train, held_out = (
+        datasets.Dataset.from_parquet(str(TEXT / f"{split}.parquet")).select_columns("text")
+        for split in ("train", "validation")
+    )
+    files = sorted(Path(torch.__file__).parent.glob("nn/**/*.py"))
+    more = datasets.Dataset.from_dict({"text": [file.read_text() for file in files]})
+    unfinished = folder.with_suffix(".unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    train.to_parquet(unfinished / "train.parquet")
+    datasets.concatenate_datasets([held_out, more]).to_parquet(unfinished / "validation.parquet")
+    unfinished.rename(folder)
+
+
+if __name__ == "__main__":
+    main()
