@@ -18,6 +18,7 @@ import pytest
 import torch
 import torchmetrics
 from huggingface_hub import ModelHubMixin
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
@@ -59,6 +60,10 @@ HUB = [
     "model_kwargs",
 ]
 PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
+    "_actions": [
+        # All arguments of a parser.
+        ("argparse", lambda: [each.dest for each in ArgumentParser()._actions], ["help"]),
+    ],
     "_apply": [
         # Moves and converts what a module holds, whichever of `to`, `half`, `cuda` ... is called.
         ("torch.nn.Module", lambda: parameters(torch.nn.Module._apply), ["self", "fn", "recurse"]),
@@ -230,6 +235,14 @@ PRIVATE: dict[str, list[tuple[str, Callable[[], Any], Any]]] = {
     "_trainer": [
         # None in a plain loop, where `trainer` raises.
         ("LightningModule", lambda: pl.LightningModule()._trainer, None),
+    ],
+    "_typehint": [
+        # What an argument may be, in the order in which it is tried.
+        (
+            "jsonargparse",
+            lambda: ArgumentParser().add_argument("-n", type=int | None)._typehint,
+            int | None,
+        ),
     ],
 }
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, Final, NoReturn, TypeVar, Union, cast
 from weakref import WeakSet
 
 from jsonargparse import ActionConfigFile, Namespace
@@ -41,7 +41,24 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         told = with_nearest_class(one_line(self.reading + message))
-        self.exit(2, f"{with_nearest_key(told, self.made)}\n")
+        self.exit(2, f"{with_nearest_key(told, list(self.made))}\n")
+
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add what a class takes, and let an integer be one where a float may stand too.
+
+        `Optional[Union[int, float]]`, as the Trainer has it of numbers or shares of batches, is for
+        Python the same as with float first, and may come from its cache as that, whatever library
+        was the first to write one: 1 batch would be 1.0, all of them. Types of arguments are
+        private of argparse and jsonargparse, and are settled here when they are there.
+
+        Returns:
+            The names of its arguments.
+        """
+        names = super().add_lightning_class_args(*args, **kwargs)
+        for action in cast(list[Any], self._actions):
+            if getattr(action, "_typehint", None) == int | float | None:
+                action._typehint = Union[int, float, None]  # noqa: UP007 - keeps the order
+        return names
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what does not fit, and say which key a wrong one may be meant for.

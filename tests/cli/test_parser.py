@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Union
 
 import pytest
+from lightning.pytorch import Callback
 
 from lightning_sae.checks import UsageError
 from lightning_sae.cli import main
@@ -33,6 +35,31 @@ def instantiate(kind: str, type_: type) -> object:
     parser.add_argument("--part", type=type_)
     config = parser.parse_args([f"--part={__name__}.Part", f"--part.init_args.kind={kind}"])
     return parser.instantiate_classes(config).part
+
+
+class Loop(Callback):
+    def __init__(self, batches: Union[float, int, None] = None) -> None:  # noqa: UP007 - in this order
+        self.batches = batches
+
+
+@pytest.mark.parametrize(("given", "kind"), [("1", int), ("1.0", float), ("null", type(None))])
+def test_a_number_of_batches_is_not_a_share_of_them(given: str, kind: type):
+    parser = Parser()
+    parser.add_lightning_class_args(Loop, "loop")
+    assert type(parser.parse_args([f"--loop.batches={given}"]).loop.batches) is kind
+
+
+class Maker(Parser):
+    def get_defaults(self, *args, **kwargs):
+        self.others = [Parser() for _ in range(9)]
+        return super().get_defaults(*args, **kwargs)
+
+
+def test_to_ask_parsers_for_their_keys_may_make_others(capsys):
+    parsers = [Maker() for _ in range(3)]
+    with pytest.raises(SystemExit):
+        parsers[0].error("unrecognized arguments: --nosuch=1")
+    assert "unrecognized arguments: --nosuch=1" in capsys.readouterr().err
 
 
 TYPES = [Part, Part | None, str | Part]
