@@ -49,13 +49,13 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     ),
     "standard": lambda: StandardSAE(8, 48, 0.5, l1_warmup_tokens=50 * TOKENS),
     "mutual, helping dead and dying": lambda: MutualChoiceSAE(
-        8, 48, 3, dead_after_tokens=2 * TOKENS, importance="affinity"
+        8, 48, 3, dead_after_tokens=2 * TOKENS, dying_below=0.75, importance="affinity"
     ),
     "mutual, on ordinary tokens": lambda: MutualChoiceSAE(
         8, 48, 3, dead_after_tokens=2 * TOKENS, importance="affinity", max_norm_multiple=1.3
     ),
     "mutual, helping them by some tokens": lambda: MutualChoiceSAE(
-        8, 48, 3, dead_after_tokens=2 * TOKENS, aux_every=4, importance="affinity"
+        8, 48, 3, dead_after_tokens=2 * TOKENS, dying_below=0.75, aux_every=4, importance="affinity"
     ),
 }
 
@@ -162,7 +162,7 @@ def test_ranks_may_have_a_budget_each():
 def with_all_tokens_here(rank: int, scope: Scope) -> dict[str, Tensor]:
     """Return what is logged of the last of three batches, all of whose tokens are on rank 0."""
     torch.manual_seed(0)
-    sae = MutualChoiceSAE(8, 48, 3, scope=scope, dead_after_tokens=TOKENS)
+    sae = MutualChoiceSAE(8, 48, 3, scope=scope, dead_after_tokens=TOKENS, dying_below=0.75)
     for step in range(3):
         x = superposition(TOKENS, 8, n_features=16, seed=step)
         loss, stats = sae.loss(x[: TOKENS if rank == 0 else 0])

@@ -95,7 +95,7 @@ def test_the_curves_are_there(tmp_path: Path):
     main(arguments("fit", "mutual_choice.yaml"))
     events = EventAccumulator(str(tmp_path / "runs/mutual_choice/version_0")).Reload()
     scalars = set(events.Tags()["scalars"])
-    train = {"loss", "reconstruction_loss", "aux_zipf_loss", "l0", "l0_std", "fvu", "dead_fraction"}
+    train = {"loss", "reconstruction_loss", "aux_k_loss", "l0", "l0_std", "fvu", "dead_fraction"}
     train |= {"massive_fraction", "threshold", "tokens", "tokens_per_second"}
     assert {f"train/{name}" for name in train} <= scalars
     val = {"fvu", "l0", "l0_std", "dead_fraction", "dying_fraction", "threshold", "tokens", "kl"}
@@ -164,7 +164,8 @@ def test_an_sae_of_another_library_is_measured_as_ours_is(tmp_path: Path, capsys
     opened: list[Path] = []
     read = "lightning_sae.interop.sparsify.load_file"
     monkeypatch.setattr(read, lambda file: opened.append(file) or load_file(file))
-    main(arguments("fit", "topk.yaml", model__k="5", model__n_features="300"))
+    settings = {"model__k": "5", "model__n_features": "300", "model__normalize_inputs": "average"}
+    main(arguments("fit", "topk.yaml", **settings))
     checkpoint = tmp_path / "runs/topk/version_0/checkpoints/last.ckpt"
     main(["export", f"--ckpt_path={checkpoint}", "--to=sparsify", f"--output={tmp_path / 'out'}"])
     tables = []
