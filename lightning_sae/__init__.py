@@ -16,6 +16,7 @@ from lightning_sae.allocation import (
 )
 from lightning_sae.architectures import (
     FeatureChoiceSAE,
+    JumpReLUSAE,
     MutualChoiceSAE,
     StandardSAE,
     TopKSAE,
@@ -47,6 +48,7 @@ __all__ = [
     "FiniteWeights",
     "FrozenModelDataModule",
     "ImageActivationDataModule",
+    "JumpReLUSAE",
     "LanguageModel",
     "Matches",
     "MutualChoiceSAE",

@@ -13,8 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
-from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae import (
+    FeatureChoiceSAE,
+    JumpReLUSAE,
+    MutualChoiceSAE,
+    SparseAutoencoder,
+    StandardSAE,
+    TopKSAE,
+)
 from lightning_sae.callbacks import FiniteWeights
 from lightning_sae.callbacks.resampling import renew
 from lightning_sae.metrics import FeatureDensity
@@ -50,6 +56,10 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
         mutual_choice_tokens=30 * TOKENS,
         dead_after_tokens=2 * TOKENS,
         importance="affinity",
+    ),
+    "jumprelu": lambda: JumpReLUSAE(8, FEATURES, 3, bandwidth=0.1, aux_coefficient=0.1),
+    "jumprelu, all losses": lambda: JumpReLUSAE(
+        8, FEATURES, 3, bandwidth=0.5, penalty="tanh", pre_act_coefficient=0.1
     ),
     "standard": lambda: StandardSAE(8, FEATURES, 0.5, l1_warmup_tokens=20 * TOKENS),
 }
@@ -102,7 +112,7 @@ def train(
             terms = {name: value for name, value in stats.items() if name.endswith("loss")}
             losses.append({name: ranks.mean(value).item() for name, value in terms.items()})
         held_out = superposition(400, 8, n_features=16, seed=STEPS).double()
-        if isinstance(sae, ThresholdSAE):
+        if hasattr(sae, "calibrate"):
             sae.calibrate(held_out.chunk(ranks.size)[ranks.index])
         state = {name: full(value) for name, value in sae.state_dict().items()}
         codes = sae.eval().encode(held_out).detach()

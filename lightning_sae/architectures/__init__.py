@@ -1,9 +1,17 @@
 """One architecture a file, each a rule for spending a budget of token-feature matches."""
 
 from lightning_sae.architectures.feature_choice import FeatureChoiceSAE
+from lightning_sae.architectures.jumprelu import JumpReLUSAE
 from lightning_sae.architectures.loaded import load
 from lightning_sae.architectures.mutual_choice import MutualChoiceSAE
 from lightning_sae.architectures.standard import StandardSAE
 from lightning_sae.architectures.topk import TopKSAE
 
-__all__ = ["FeatureChoiceSAE", "MutualChoiceSAE", "StandardSAE", "TopKSAE", "load"]
+__all__ = [
+    "FeatureChoiceSAE",
+    "JumpReLUSAE",
+    "MutualChoiceSAE",
+    "StandardSAE",
+    "TopKSAE",
+    "load",
+]

@@ -233,6 +233,18 @@ class Dictionary(ScaledInputs):
             values = matched_affinities(x, origin, weight, bias, own, in_parts=in_parts)
         return matches.with_values(share.put(values, matches))
 
+    def mean_affinities(self, scaled: Tensor) -> Tensor:
+        """Return each feature's affinity (n_features,), on average over tokens, with its gradient.
+
+        Args:
+            scaled: Scaled activations, shape (tokens, d_model).
+        """
+        share = self.layout.share
+        with torch.autocast(scaled.device.type, enabled=False):
+            weight, bias, origin = self._encoder()
+            mean, origin = share.fan_out(scaled.sum(0) / max(1, len(scaled)), origin)
+            return share.whole(weight @ (mean - origin) + bias)
+
     def sum_directions(self, matches: Matches) -> Tensor:
         """Add up the directions (tokens, d_model) that matches stand for, without the origin.
 

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_sae.architectures import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSAE
+from lightning_sae.architectures import (
+    FeatureChoiceSAE,
+    JumpReLUSAE,
+    MutualChoiceSAE,
+    StandardSAE,
+    TopKSAE,
+)
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
 from lightning_sae.parallel import Ranks
@@ -148,8 +154,8 @@ def unfold(
     """Return an SAE of the class whose inference is the same, ready to be measured or trained on.
 
     `TopKSAE` of a gate with k, `MutualChoiceSAE` of one threshold, `FeatureChoiceSAE` of one a
-    feature, and `StandardSAE` of none. What is not known of its training, densities say, is as in
-    an SAE that was not trained.
+    feature, or `JumpReLUSAE` where that is what was trained, and `StandardSAE` of none. What is not
+    known of its training, densities say, is as in an SAE that was not trained.
 
     Args:
         folded: What to make one of.
@@ -180,8 +186,8 @@ def unfold(
     sae.initialized.fill_(True)
     if gate.threshold is not None and gate.threshold.any():
         threshold = gate.threshold.double() * lengths * (1 if gate.relative else scale)
-        own: Tensor = sae.get_buffer("threshold")
-        own.copy_(threshold if own.dim() else threshold[0])
+        own: Any = sae  # which of its class has some
+        own.threshold = (threshold if own.threshold.dim() else threshold[0]).float()
     if folded.density is not None:
         sae.history.density.copy_(folded.density)
     sae.record = folded.record
@@ -205,6 +211,8 @@ def _of_the_class(folded: FoldedSAE, k: int | None) -> SparseAutoencoder:
     lengths = folded.decoder_weight.norm(dim=1)
     own = gate.threshold * lengths
     one = bool(((own - own.mean()).abs() <= 1e-6 * own.mean()).all())
+    if (folded.architecture or "").lower().startswith("jumprelu") and not gate.relative:
+        return JumpReLUSAE(d_model, n_features, k, **normalize)
     kind = MutualChoiceSAE if one else FeatureChoiceSAE
     importance: Any = "token_norm" if gate.relative else "affinity"
     return kind(d_model, n_features, k, rank_discount=0, importance=importance, **normalize)

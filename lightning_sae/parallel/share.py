@@ -76,6 +76,13 @@ class Share:
             return rows
         return torch.cat(all_gather(rows, self.mesh.get_group()))
 
+    def whole(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, as `everyones` does; those here have their gradient."""
+        if self.mesh is None:
+            return rows
+        everyones = self.everyones(rows)
+        return torch.cat([everyones[: self.here.start], rows, everyones[self.here.stop :]])
+
     def sum(self, part: Tensor) -> Tensor:
         """Return the sum of all processes' parts, each of which gets the gradient of the sum."""
         if self.mesh is None:

@@ -18,6 +18,7 @@ from tests.helpers.architectures import (
     affinities,
     every_architecture,
     train,
+    with_affinities_as_codes,
     with_importance,
 )
 
@@ -60,9 +61,12 @@ def test_a_term_of_the_loss_does_not_get_lost_under_another_figure_s_name(name: 
         Named(D_MODEL, N_FEATURES, K).loss(activations())
 
 
-@every_architecture
+@with_affinities_as_codes
 def test_gradients_equal_dense_autograd(make):
-    """The loss, written out with dense codes and no shortcut, has the same gradients."""
+    """The loss, written out with dense codes and no shortcut, has the same gradients.
+
+    What trains more than these has the same test among its own.
+    """
     sae = make(dead_after_tokens=100, dying_below=0.0).double()
     x = activations().double()
     sae.loss(x)  # sets the scale

@@ -7,8 +7,11 @@ from lightning_sae.core.exact_buffers import ExactBuffers
 
 
 class Counting(ExactBuffers):
+    exact_parameters = ("threshold",)
+
     def __init__(self) -> None:
         super().__init__()
+        self.threshold = torch.nn.Parameter(torch.tensor(1 / 3))
         self.weight = torch.nn.Parameter(torch.ones(2))
         self.register_buffer("mean", torch.tensor(1 / 3))
         self.register_buffer("count", torch.tensor(7))
@@ -24,7 +27,17 @@ def test_its_float32_buffers_stay_what_they_are(dtype):
     assert inner.count.dtype == torch.int64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_it_names_are_never_narrower(dtype):
+    outer = torch.nn.Sequential(Counting()).to(dtype)
+    threshold = outer[0].threshold
+    assert threshold.dtype == torch.promote_types(dtype, torch.float32)
+    assert threshold.requires_grad
+    assert threshold.float() == torch.tensor(1 / 3)
+
+
 def test_they_move_with_the_module():
     moved = Counting().to("meta", torch.float16)
-    assert moved.mean.device.type == moved.weight.device.type == "meta"
+    devices = {each.device.type for each in (moved.mean, moved.weight, moved.threshold)}
+    assert devices == {"meta"}
     assert moved.mean.dtype == torch.float32

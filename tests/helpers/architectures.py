@@ -6,13 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from lightning_sae import (
+    FeatureChoiceSAE,
+    JumpReLUSAE,
+    MutualChoiceSAE,
+    SparseAutoencoder,
+    StandardSAE,
+    TopKSAE,
+)
 from lightning_sae.allocation import Matches
 from tests.helpers.superposition import superposition
 
 D_MODEL, N_FEATURES, K = 16, 48, 4
 ARCHITECTURES = {
     "standard": partial(StandardSAE, D_MODEL, N_FEATURES, 0.5),
+    "jumprelu": partial(JumpReLUSAE, D_MODEL, N_FEATURES, K, bandwidth=0.1),
     "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),
     "mutual_choice": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K),
     "feature_choice_uniform": partial(
@@ -34,8 +42,13 @@ ARCHITECTURES = {
     ),
 }
 every_architecture = pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
+with_affinities_as_codes = pytest.mark.parametrize(
+    "make",
+    [make for name, make in ARCHITECTURES.items() if name != "jumprelu"],
+    ids=[name for name in ARCHITECTURES if name != "jumprelu"],
+)
 with_importance = pytest.mark.parametrize(
-    "make", list(ARCHITECTURES.values())[1:], ids=list(ARCHITECTURES)[1:]
+    "make", list(ARCHITECTURES.values())[2:], ids=list(ARCHITECTURES)[2:]
 )
 
 

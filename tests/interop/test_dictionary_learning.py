@@ -12,6 +12,7 @@ from tests.helpers.foreign import RECORD, assert_same, every_kind, refusal, ther
 
 CLASSES = {
     "standard": "AutoEncoder",
+    "jumprelu": "JumpReluAutoEncoder",
     "topk": "AutoEncoderTopK",
     "mutual_choice": "BatchTopKSAE",
     "feature_choice_zipf": "JumpReluAutoEncoder",
