@@ -16,6 +16,7 @@ from lightning_sae.allocation import (
 )
 from lightning_sae.architectures import (
     FeatureChoiceSAE,
+    GatedSAE,
     JumpReLUSAE,
     MutualChoiceSAE,
     StandardSAE,
@@ -47,6 +48,7 @@ __all__ = [
     "FeatureChoiceSAE",
     "FiniteWeights",
     "FrozenModelDataModule",
+    "GatedSAE",
     "ImageActivationDataModule",
     "JumpReLUSAE",
     "LanguageModel",

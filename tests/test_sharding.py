@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lightning_sae import (
     FeatureChoiceSAE,
+    GatedSAE,
     JumpReLUSAE,
     MutualChoiceSAE,
     SparseAutoencoder,
@@ -61,6 +62,7 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "jumprelu, all losses": lambda: JumpReLUSAE(
         8, FEATURES, 3, bandwidth=0.5, penalty="tanh", pre_act_coefficient=0.1
     ),
+    "gated": lambda: GatedSAE(8, FEATURES, 3),
     "standard": lambda: StandardSAE(8, FEATURES, 0.5, l1_warmup_tokens=20 * TOKENS),
 }
 

@@ -1,6 +1,7 @@
 """One architecture a file, each a rule for spending a budget of token-feature matches."""
 
 from lightning_sae.architectures.feature_choice import FeatureChoiceSAE
+from lightning_sae.architectures.gated import GatedSAE
 from lightning_sae.architectures.jumprelu import JumpReLUSAE
 from lightning_sae.architectures.loaded import load
 from lightning_sae.architectures.mutual_choice import MutualChoiceSAE
@@ -9,6 +10,7 @@ from lightning_sae.architectures.topk import TopKSAE
 
 __all__ = [
     "FeatureChoiceSAE",
+    "GatedSAE",
     "JumpReLUSAE",
     "MutualChoiceSAE",
     "StandardSAE",

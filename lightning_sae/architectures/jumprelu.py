@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_sae.allocation import Choice, mutual_choice, scaled_thresholds, threshold_choice
+from lightning_sae.allocation import Choice, common_threshold, scaled_thresholds, threshold_choice
 from lightning_sae.callbacks.calibrate_thresholds import CalibrateThresholds
 from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
 from lightning_sae.core.gate import Gate
@@ -113,9 +113,8 @@ class JumpReLUSAE(SparseAutoencoder):
             raise UsageError("calibrate takes activations of at least one token")
         scores, threshold = self.scores(self.scaled(x)), self.threshold
         if threshold.isnan().any():
-            chosen = mutual_choice(scores, self.k * tokens, ranks=ranks).value
-            cut = ranks.all_reduce(torch.cat([chosen, chosen.new_tensor([torch.inf])]).min(), "min")
-            threshold = cut.nan_to_num(posinf=0).expand(self.n_features)  # if none is positive
+            cut = common_threshold(scores, self.k * tokens, ranks=ranks)
+            threshold = cut.expand(self.n_features)
         else:
             threshold = scaled_thresholds(scores, threshold, self.k * tokens, ranks=ranks)
         self.threshold = threshold

@@ -245,16 +245,18 @@ class Dictionary(ScaledInputs):
             mean, origin = share.fan_out(scaled.sum(0) / max(1, len(scaled)), origin)
             return share.whole(weight @ (mean - origin) + bias)
 
-    def sum_directions(self, matches: Matches) -> Tensor:
+    def sum_directions(self, matches: Matches, *, frozen: bool = False) -> Tensor:
         """Add up the directions (tokens, d_model) that matches stand for, without the origin.
 
         Stored rows have unit norm between steps; that their directions are added up makes it true
-        in any training loop, and keeps the gradient of each row orthogonal to it.
+        in any training loop, and keeps the gradient of each row orthogonal to it. The decoder has
+        none where it is `frozen`.
         """
         share = self.layout.share
         with torch.autocast(matches.value.device.type, enabled=False):
             in_parts = self._gradient_form.may_come_in_parts(self.decoder.weight)
             weight = local(self.decoder.weight)
+            weight = weight.detach() if frozen else weight
             return share.sum(sum_directions(share.own(matches), weight, in_parts=in_parts))
 
     @torch.no_grad()
@@ -276,10 +278,13 @@ class Dictionary(ScaledInputs):
             dots = dot_rows(rows.to(weight), own.token, weight, own.feature)
             return share.complete(dots / norms[own.feature], matches)
 
-    def reconstruct(self, matches: Matches) -> Tensor:
-        """Return the scaled activations (tokens, d_model) that matches stand for."""
+    def reconstruct(self, matches: Matches, *, frozen: bool = False) -> Tensor:
+        """Return the scaled activations (tokens, d_model) that matches stand for.
+
+        Where the decoder is `frozen`, it gets no gradient: only the values of the matches do.
+        """
         (origin,) = wide_rows(self.decoder.bias)
-        return self.sum_directions(matches) + origin
+        return self.sum_directions(matches, frozen=frozen) + (origin.detach() if frozen else origin)
 
     def _encoder(self) -> tuple[Tensor, ...]:
         """Return weight, bias and origin of the encoder, of the features here."""

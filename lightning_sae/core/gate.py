@@ -20,6 +20,9 @@ class Gate:
         k: So many of the largest. None: as many as pass.
         threshold: Those above it, in the units of affinities: 0-d, or one a feature, (n_features,).
             None: all that are positive.
+        gain: What affinities are multiplied by to make the code, (n_features,), before `offset` is
+            added. None: affinities are the code.
+        offset: See above, (n_features,).
         relative: Whether thresholds are for affinities divided by the length of the token that is
             encoded, less the origin (`importance="token_norm"`).
     """
@@ -27,6 +30,8 @@ class Gate:
     k: int | None = None
     threshold: Tensor | None = None
     relative: bool = False
+    gain: Tensor | None = None
+    offset: Tensor | None = None
 
 
 def require_plain(importance: Importance) -> None:

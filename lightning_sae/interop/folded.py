@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lightning_sae.architectures import (
     FeatureChoiceSAE,
+    GatedSAE,
     JumpReLUSAE,
     MutualChoiceSAE,
     StandardSAE,
@@ -126,20 +127,24 @@ def fold(sae: SparseAutoencoder) -> FoldedSAE:
     if threshold is not None:
         if threshold.isnan().any():
             raise UsageError(f"threshold of {type(sae).__name__} is not calibrated: train it first")
-        threshold = (
-            (threshold.double().cpu() / (1 if gate.relative else scale))
-            .float()
-            .expand(sae.n_features)
-            .clone()
-        )
+        threshold = threshold.double().cpu().expand(sae.n_features)
+    weight, bias = sae.encoder.weight.float().cpu().clone(), sae.encoder.bias.double().cpu()
+    if gate.gain is not None and gate.offset is not None and threshold is not None:
+        # Of what codes are: threshold and all below zero are no code either.
+        gain, offset = gate.gain.double().cpu(), gate.offset.double().cpu()
+        weight = (weight * gain.unsqueeze(1)).float()
+        bias = gain * bias + offset
+        threshold = (gain * threshold + offset).clamp_min(0)
+    if threshold is not None:
+        threshold = (threshold / (1 if gate.relative else scale)).float().clone()
     origin = sae.decoder.bias.double().cpu() / scale
     density = sae.history.density.float().cpu()
     return FoldedSAE(
-        encoder_weight=sae.encoder.weight.float().cpu().clone(),
-        encoder_bias=(sae.encoder.bias.double().cpu() / scale).float(),
+        encoder_weight=weight,
+        encoder_bias=(bias / scale).float(),
         decoder_weight=functional.normalize(sae.decoder.weight.float().cpu(), dim=1),
         decoder_bias=origin.float(),
-        gate=replace(gate, threshold=threshold),
+        gate=replace(gate, threshold=threshold, gain=None, offset=None),
         unit_length=sae.normalize_inputs == "token",
         record=sae.record,
         architecture=type(sae).__name__,
@@ -154,8 +159,8 @@ def unfold(
     """Return an SAE of the class whose inference is the same, ready to be measured or trained on.
 
     `TopKSAE` of a gate with k, `MutualChoiceSAE` of one threshold, `FeatureChoiceSAE` of one a
-    feature, or `JumpReLUSAE` where that is what was trained, and `StandardSAE` of none. What is not
-    known of its training, densities say, is as in an SAE that was not trained.
+    feature, or `JumpReLUSAE` or `GatedSAE` where these were trained, and `StandardSAE` of none.
+    What is not known of its training, densities say, is as in an SAE that was not trained.
 
     Args:
         folded: What to make one of.
@@ -187,6 +192,8 @@ def unfold(
     if gate.threshold is not None and gate.threshold.any():
         threshold = gate.threshold.double() * lengths * (1 if gate.relative else scale)
         own: Any = sae  # which of its class has some
+        if isinstance(sae, GatedSAE):
+            sae.magnitude_bias.copy_(sae.encoder.bias)
         own.threshold = (threshold if own.threshold.dim() else threshold[0]).float()
     if folded.density is not None:
         sae.history.density.copy_(folded.density)
@@ -211,8 +218,10 @@ def _of_the_class(folded: FoldedSAE, k: int | None) -> SparseAutoencoder:
     lengths = folded.decoder_weight.norm(dim=1)
     own = gate.threshold * lengths
     one = bool(((own - own.mean()).abs() <= 1e-6 * own.mean()).all())
-    if (folded.architecture or "").lower().startswith("jumprelu") and not gate.relative:
-        return JumpReLUSAE(d_model, n_features, k, **normalize)
+    for trained in (JumpReLUSAE, GatedSAE):
+        name = trained.__name__.removesuffix("SAE").lower()
+        if (folded.architecture or "").lower().startswith(name) and not gate.relative:
+            return trained(d_model, n_features, k, **normalize)
     kind = MutualChoiceSAE if one else FeatureChoiceSAE
     importance: Any = "token_norm" if gate.relative else "affinity"
     return kind(d_model, n_features, k, rank_discount=0, importance=importance, **normalize)

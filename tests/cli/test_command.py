@@ -15,7 +15,7 @@ from lightning_sae.cli import SparseAutoencoderCLI, main
 from lightning_sae.cli.parser import PACKAGE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ARCHITECTURES = ["standard", "jumprelu", "topk", "mutual_choice", "feature_choice"]
+ARCHITECTURES = ["standard", "jumprelu", "gated", "topk", "mutual_choice", "feature_choice"]
 SMALL = {
     "trainer.max_steps": "4",
     "trainer.val_check_interval": "2",

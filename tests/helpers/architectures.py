@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_sae import (
     FeatureChoiceSAE,
+    GatedSAE,
     JumpReLUSAE,
     MutualChoiceSAE,
     SparseAutoencoder,
@@ -21,6 +22,7 @@ D_MODEL, N_FEATURES, K = 16, 48, 4
 ARCHITECTURES = {
     "standard": partial(StandardSAE, D_MODEL, N_FEATURES, 0.5),
     "jumprelu": partial(JumpReLUSAE, D_MODEL, N_FEATURES, K, bandwidth=0.1),
+    "gated": partial(GatedSAE, D_MODEL, N_FEATURES, K),
     "topk": partial(TopKSAE, D_MODEL, N_FEATURES, K),
     "mutual_choice": partial(MutualChoiceSAE, D_MODEL, N_FEATURES, K),
     "feature_choice_uniform": partial(
@@ -44,11 +46,11 @@ ARCHITECTURES = {
 every_architecture = pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
 with_affinities_as_codes = pytest.mark.parametrize(
     "make",
-    [make for name, make in ARCHITECTURES.items() if name != "jumprelu"],
-    ids=[name for name in ARCHITECTURES if name != "jumprelu"],
+    [make for name, make in ARCHITECTURES.items() if name not in ("jumprelu", "gated")],
+    ids=[name for name in ARCHITECTURES if name not in ("jumprelu", "gated")],
 )
 with_importance = pytest.mark.parametrize(
-    "make", list(ARCHITECTURES.values())[2:], ids=list(ARCHITECTURES)[2:]
+    "make", list(ARCHITECTURES.values())[3:], ids=list(ARCHITECTURES)[3:]
 )
 
 

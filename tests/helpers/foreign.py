@@ -22,7 +22,7 @@ RECORD = {
     },
     "measured": {"l0": 4.0, "fvu": 0.2},
 }
-KINDS = ["standard", "jumprelu", "topk", "mutual_choice", "feature_choice_zipf"]
+KINDS = ["standard", "jumprelu", "gated", "topk", "mutual_choice", "feature_choice_zipf"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -13,6 +13,7 @@ from tests.helpers.foreign import RECORD, assert_same, every_kind, refusal, ther
 CLASSES = {
     "standard": "AutoEncoder",
     "jumprelu": "JumpReluAutoEncoder",
+    "gated": "JumpReluAutoEncoder",
     "topk": "AutoEncoderTopK",
     "mutual_choice": "BatchTopKSAE",
     "feature_choice_zipf": "JumpReluAutoEncoder",

@@ -15,7 +15,7 @@ from tests.helpers.foreign import assert_same, every_kind, tokens, trained
 @pytest.mark.parametrize("importance", ["affinity", "token_norm"])
 @pytest.mark.parametrize("normalize_inputs", ["average", "token"])
 def test_it_does_what_the_sae_does(kind: str, importance: str, normalize_inputs: str):
-    options = {} if kind in ("standard", "jumprelu") else {"importance": importance}
+    options = {} if kind in ("standard", "jumprelu", "gated") else {"importance": importance}
     sae, x = trained(kind, normalize_inputs=normalize_inputs, **options), tokens()
     codes, reconstruction = fold(sae)(x)
     same = ((codes > 0) == (sae.encode(x) > 0)).all(1)
