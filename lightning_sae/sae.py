@@ -89,6 +89,7 @@ class SparseAutoencoder(PretrainedAutoencoder):
                 "aux_every": self.revival.every,
                 "dead_after_tokens": self.history.dead_after_tokens,
                 "max_norm_multiple": self.max_norm_multiple,
+                "prefixes": self.prefixes,
             }
         )
 

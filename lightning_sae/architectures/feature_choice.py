@@ -185,6 +185,11 @@ class FeatureChoiceSAE(ThresholdSAE):
             scores, budgets.to(scores.device), self.threshold, ranks=self.choosing_ranks
         )
 
+    def prefix_order(self) -> Tensor | None:
+        """Return features' places by their budgets, the largest first, once they have some."""
+        place = self.target_density.argsort(descending=True, stable=True).argsort()
+        return place if self.choosing else None
+
     def budgets_for(self, tokens: int) -> Tensor:
         """Return each feature's budget in a batch of so many tokens, once features choose.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_sae.allocation import Choice, Importance, score
 from lightning_sae.checks import UsageError
 from lightning_sae.core.batch_statistics import batch_statistics, require_new_names
-from lightning_sae.core.dictionary import Dictionary
 from lightning_sae.core.firing_history import FiringHistory
 from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.losses import reconstruction_loss
+from lightning_sae.core.nested import NestedDictionary
 from lightning_sae.core.ordinary_tokens import MASSIVE, is_massive
 from lightning_sae.core.revival import Revival
 from lightning_sae.matches import Matches
@@ -28,7 +28,7 @@ from lightning_sae.uncompiled import uncompiled
 __all__ = ["Autoencoder"]
 
 
-class Autoencoder(Dictionary, ABC):
+class Autoencoder(NestedDictionary, ABC):
     """A dictionary of features that explains each activation by a few of them.
 
     A subclass says in `choose` which token-feature pairs of a training batch are matches, and in
@@ -59,6 +59,8 @@ class Autoencoder(Dictionary, ABC):
         max_norm_multiple: Tokens more than so many times as far from the first batch's mean as is
             typical are left out of training. Default: none are. A language model may need them:
             what is left out is not learned.
+        prefixes: Sizes of smaller dictionaries, of the first features, that are to reconstruct too
+            (Matryoshka): `lightning_sae.core.nested`. The reconstruction loss is the mean of all.
 
     Attributes:
         history: When each feature fired last, and how often it does.
@@ -83,8 +85,9 @@ class Autoencoder(Dictionary, ABC):
         aux_every: int = 1,
         dead_after_tokens: int = 10_000_000,
         max_norm_multiple: float | None = None,
+        prefixes: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(d_model, n_features, normalize_inputs)
+        super().__init__(d_model, n_features, normalize_inputs, prefixes)
         if max_norm_multiple is not None and not max_norm_multiple > 1:
             raise UsageError(f"max_norm_multiple={max_norm_multiple} must be more than 1")
         self.max_norm_multiple = max_norm_multiple
@@ -220,8 +223,9 @@ class Autoencoder(Dictionary, ABC):
         with self._choosing():
             choice = self.choose(scores) if self.training else Choice(self.choose_per_token(scores))
         matches = self.matches_of(scaled, choice.matches)
-        error = scaled - self.reconstruct(matches)
-        terms = {"reconstruction_loss": reconstruction_loss(error)}
+        *_, error = errors = self.errors(scaled, matches)
+        mean = torch.stack([reconstruction_loss(each) for each in errors]).mean()
+        terms = {"reconstruction_loss": mean}
         if self.training:
             terms |= (extra := self.extra_losses(scaled, matches, error))
             require_new_names(extra, of=self)

@@ -15,7 +15,15 @@ from lightning_sae.cli import SparseAutoencoderCLI, main
 from lightning_sae.cli.parser import PACKAGE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ARCHITECTURES = ["standard", "jumprelu", "gated", "topk", "mutual_choice", "feature_choice"]
+ARCHITECTURES = [
+    "standard",
+    "jumprelu",
+    "gated",
+    "topk",
+    "mutual_choice",
+    "feature_choice",
+    "matryoshka",
+]
 SMALL = {
     "trainer.max_steps": "4",
     "trainer.val_check_interval": "2",
@@ -58,7 +66,8 @@ def test_products_are_as_exact_as_the_user_says(given: list[str], monkeypatch: p
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, capsys, caplog):
-    main(arguments("fit", f"{name}.yaml"))
+    fewer = {"model__prefixes": "[16, 48]"} if name == "matryoshka" else {}
+    main(arguments("fit", f"{name}.yaml", **fewer))
     version = tmp_path / "runs" / name / "version_0"
     checkpoint = version / "checkpoints" / "last.ckpt"
     raw = torch.load(checkpoint, weights_only=True)
@@ -72,12 +81,12 @@ def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, 
     assert list(version.glob("events.out.tfevents.*"))
 
     capsys.readouterr()
-    main(arguments("test", f"{name}.yaml", ckpt_path=str(checkpoint)))
+    main(arguments("test", f"{name}.yaml", ckpt_path=str(checkpoint), **fewer))
     table = capsys.readouterr().out
     for row in ("fvu", "l0", "l0_std", "dead_fraction", "loss_recovered_mean", "delta_ce"):
         assert any(line.startswith(f"{row} ") for line in table.splitlines()), table
 
-    main(arguments("predict", f"{name}.yaml", ckpt_path=str(checkpoint)))
+    main(arguments("predict", f"{name}.yaml", ckpt_path=str(checkpoint), **fewer))
     (folder,) = (tmp_path / "runs" / name).glob("*/matches")
     assert f"The matches are in {folder.relative_to(tmp_path)}" in caplog.text
     written = sorted(folder.glob("*.safetensors"))
