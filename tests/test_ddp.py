@@ -13,13 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sae import (
     FeatureChoiceSAE,
+    GatedSAE,
+    JumpReLUSAE,
     MutualChoiceSAE,
     SparseAutoencoder,
     StandardSAE,
     TopKSAE,
     load,
 )
-from lightning_sae.architectures.threshold import Scope, ThresholdSAE
+from lightning_sae.architectures.threshold import Scope
 from lightning_sae.parallel import Ranks
 from tests.helpers.ddp import run_on
 from tests.helpers.superposition import superposition
@@ -47,6 +49,9 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "feature, both phases": lambda: FeatureChoiceSAE(
         8, 48, 3, mutual_choice_tokens=60 * TOKENS, aux_coefficient=0, importance="affinity"
     ),
+    "jumprelu": lambda: JumpReLUSAE(8, 48, 3, bandwidth=0.1, pre_act_coefficient=0.1),
+    "gated": lambda: GatedSAE(8, 48, 3),
+    "mutual, nested": lambda: MutualChoiceSAE(8, 48, 3, prefixes=[4, 16], aux_coefficient=0),
     "standard": lambda: StandardSAE(8, 48, 0.5, l1_warmup_tokens=50 * TOKENS),
     "mutual, helping dead and dying": lambda: MutualChoiceSAE(
         8, 48, 3, dead_after_tokens=2 * TOKENS, dying_below=0.75, importance="affinity"
@@ -96,7 +101,7 @@ def train(rank: int, case: str) -> tuple[list[dict[str, float]], dict[str, Tenso
         assert torch.equal(RANKS.all_reduce(buffers, "max"), RANKS.all_reduce(buffers, "min")), (
             f"step {step}"
         )
-    if isinstance(sae, ThresholdSAE):
+    if hasattr(sae, "calibrate"):
         held_out = superposition(400, 8, n_features=16, seed=STEPS).double()
         sae.calibrate(held_out.tensor_split([100, 300, 300][: RANKS.size - 1])[rank])
     return logged, sae.state_dict()

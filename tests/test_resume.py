@@ -20,7 +20,15 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from lightning_sae import (
+    FeatureChoiceSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MutualChoiceSAE,
+    SparseAutoencoder,
+    StandardSAE,
+    TopKSAE,
+)
 from lightning_sae.checkpoint_io import AtomicCheckpointIO
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.parallel import Ranks
@@ -35,6 +43,8 @@ HELPING = {"dead_after_tokens": 320, "k_aux": 2, "dying_below": 0.5}
 ARCHITECTURES: dict[str, Callable[[], SparseAutoencoder]] = {
     "standard": lambda: StandardSAE(D_MODEL, 32, 0.5, l1_warmup_tokens=5 * 64),
     "topk": lambda: TopKSAE(D_MODEL, 32, 3, multi_k_coefficient=0.1, dead_after_tokens=128),
+    "jumprelu": lambda: JumpReLUSAE(D_MODEL, 32, 3, bandwidth=0.1),
+    "gated": lambda: GatedSAE(D_MODEL, 32, 3),
     "mutual": lambda: MutualChoiceSAE(D_MODEL, 32, 3, **HELPING),
     "feature, uniform": lambda: FeatureChoiceSAE(
         D_MODEL, 32, 3, budgets="uniform", per_batch=True, mutual_choice_share=0, **HELPING

@@ -63,6 +63,7 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
         8, FEATURES, 3, bandwidth=0.5, penalty="tanh", pre_act_coefficient=0.1
     ),
     "gated": lambda: GatedSAE(8, FEATURES, 3),
+    "mutual, nested": lambda: MutualChoiceSAE(8, FEATURES, 3, prefixes=[4, 16, 30]),
     "standard": lambda: StandardSAE(8, FEATURES, 0.5, l1_warmup_tokens=20 * TOKENS),
 }
 
