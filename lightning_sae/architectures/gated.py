@@ -122,6 +122,11 @@ class GatedSAE(SparseAutoencoder):
         fires = choice.matches.per_token().sum()
         self.penalty_weight.observe(fires, len(scores), self.layout.ranks)
 
+    def threshold_statistics(self) -> dict[str, Tensor]:
+        """Return the mean threshold of codes, and the weight of the penalty."""
+        weight = self.penalty_weight.weight.clone()
+        return {"threshold": self.threshold.mean(), "penalty_weight": weight}
+
     def gate(self) -> Gate:
         """Return that codes are of positive affinities, by a gain and a bias a feature."""
         gain, bias, gate_bias = (each.detach() for each in self._magnitudes())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
-from lightning_sae.interop.folded import FoldedSAE
+from lightning_sae.interop.folded import FoldedSAE, without_gates
 
 __all__ = ["read", "run", "write"]
 
@@ -100,6 +100,11 @@ def read(folder: Path) -> FoldedSAE:
         folded = folded.subtracting_origin(state["b_enc"].float())
         return FoldedSAE(**vars(folded) | described)
     weight = state["encoder.weight"].float()
+    if kind == "GatedAutoEncoder":
+        biases = (state[name] for name in ("gate_bias", "r_mag", "mag_bias"))
+        rows = state["decoder.weight"].float().T.contiguous(), state["decoder_bias"].float()
+        weight, bias, gate = without_gates(weight, *biases)
+        return FoldedSAE(weight, bias, *rows, gate, **described)
     if kind == "AutoEncoderTopK":
         gate = Gate(k=int(state["k"] if "k" in state else trainer["k"]))
     elif kind == "BatchTopKSAE":

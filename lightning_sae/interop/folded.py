@@ -23,7 +23,7 @@ from lightning_sae.core.gate import Gate
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["RELATIVE", "FoldedSAE", "fold", "unfold"]
+__all__ = ["RELATIVE", "FoldedSAE", "fold", "unfold", "without_gates"]
 
 RELATIVE: Final = "token_norm_jumprelu"
 """What formats that say a class by its name call one with thresholds relative to a token's length:
@@ -111,6 +111,26 @@ class FoldedSAE:
             return x.new_ones((), dtype=torch.float32)
         lengths: Tensor = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True)
         return lengths.clamp_min(1e-12) / math.sqrt(x.shape[1])
+
+
+def without_gates(
+    weight: Tensor, gate_bias: Tensor, log_gain: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Gate]:
+    """Return weight, bias and gate of the encoder that a Gated SAE is the same as.
+
+    With u the products with `weight`, its codes are ``exp(log_gain) u + bias`` where that and ``u +
+    gate_bias`` are positive: so they are above a threshold of their own.
+
+    Args:
+        weight: Shape (n_features, d_model).
+        gate_bias: As all others, shape (n_features,).
+        log_gain: See above.
+        bias: See above.
+    """
+    gain = log_gain.double().exp()
+    threshold = bias.double() - gain * gate_bias.double()
+    scaled = (weight.double() * gain.unsqueeze(1)).float()
+    return scaled, bias.float(), Gate(threshold=threshold.clamp_min(0).float())
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
-from lightning_sae.interop.folded import RELATIVE, FoldedSAE
+from lightning_sae.interop.folded import RELATIVE, FoldedSAE, without_gates
 from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["download", "read", "run", "write"]
@@ -30,6 +30,7 @@ WEIGHTS: Final = "sae_weights.safetensors"
 SPARSITY: Final = "sparsity.safetensors"
 VERSION: Final = "6.54.12"
 """The release that was tried; files of one before 6.0 are read otherwise."""
+GATED: Final = "gated"
 UNIT_LENGTH: Final = "constant_norm_rescale"
 
 
@@ -76,13 +77,19 @@ def read(folder: Path) -> FoldedSAE:
     gate, unit_length = _gate(config), config.get("normalize_activations") == UNIT_LENGTH
     tensors = load_file(folder / WEIGHTS)
     w_dec, b_dec = tensors["W_dec"].float(), tensors["b_dec"].float()
-    w_enc, b_enc = tensors["W_enc"].float().T.contiguous(), tensors["b_enc"].float()
+    w_enc, gated = tensors["W_enc"].float().T.contiguous(), config["architecture"] == GATED
+    if gated:
+        w_enc, b_enc, gate = without_gates(
+            w_enc, *(tensors[name] for name in ("b_gate", "r_mag", "b_mag"))
+        )
+    else:
+        b_enc = tensors["b_enc"].float()
     if config.get("rescale_acts_by_decoder_norm") and gate.k is not None:
         # Codes are multiplied by these lengths before the largest are taken: directions of unit
         # norm have the same.
         lengths = w_dec.norm(dim=1, keepdim=True)
         w_enc, b_enc, w_dec = w_enc * lengths, b_enc * lengths.squeeze(1), w_dec / lengths
-    if gate.threshold is not None:
+    if gate.threshold is not None and not gated:
         gate = Gate(threshold=tensors["threshold"].float(), relative=gate.relative)
     metadata = config.get("metadata", {})
     path = folder / SPARSITY
@@ -94,7 +101,7 @@ def read(folder: Path) -> FoldedSAE:
         gate,
         unit_length,
         _record(metadata),
-        metadata.get("training_architecture"),
+        metadata.get("training_architecture", GATED if gated else None),
         10 ** load_file(path)["sparsity"].float() if path.exists() else None,
     )
     return folded if config.get("apply_b_dec_to_input", True) else folded.subtracting_origin(b_enc)
@@ -145,7 +152,7 @@ def _gate(config: dict[str, Any]) -> Gate:
         raise UsageError(f"reshape_activations={config['reshape_activations']!r} is not read")
     if architecture == "topk":
         return Gate(k=int(config["k"]))
-    if architecture in ("jumprelu", RELATIVE):
+    if architecture in ("jumprelu", RELATIVE, GATED):
         return Gate(threshold=torch.empty(0), relative=architecture == RELATIVE)
     if architecture == "standard":
         return Gate()

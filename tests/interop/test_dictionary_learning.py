@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sae import UsageError
+from lightning_sae import GatedSAE, UsageError
 from lightning_sae.interop import export, load_foreign, unfold
-from tests.helpers.foreign import RECORD, assert_same, every_kind, refusal, there_and_back, trained
+from tests.helpers.foreign import (
+    RECORD,
+    assert_same,
+    every_kind,
+    refusal,
+    there_and_back,
+    tokens,
+    trained,
+)
 
 CLASSES = {
     "standard": "AutoEncoder",
@@ -60,11 +68,32 @@ def test_what_others_have_written_is_read(tmp_path: Path):
     torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gated_saes_are_read(tmp_path: Path):
+    """By the formula of its encoder, written out."""
+    shapes = {"encoder.weight": (24, 16), "decoder.weight": (16, 24), "decoder_bias": (16,)}
+    shapes |= dict.fromkeys(("gate_bias", "r_mag", "mag_bias"), (24,))
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "ae.pt")
+    trainer = {"dict_class": "GatedAutoEncoder", "trainer_class": "GatedSAETrainer"}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    x = tokens()
+    products = (x - state["decoder_bias"]) @ state["encoder.weight"].T
+    magnitudes = (products * state["r_mag"].exp() + state["mag_bias"]).relu()
+    codes = magnitudes * (products + state["gate_bias"] > 0)
+    folded = load_foreign(f"dictionary_learning:{tmp_path}")
+    torch.testing.assert_close(folded(x)[0], codes, rtol=1e-4, atol=1e-3)
+    expected = codes @ state["decoder.weight"].T + state["decoder_bias"]
+    sae = unfold(folded, k=4)
+    assert type(sae) is GatedSAE
+    torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-2)
+
+
 def test_what_is_not_read_is_told(tmp_path: Path):
     there_and_back(trained("topk"), "dictionary_learning", tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(path.read_text().replace("AutoEncoderTopK", "GatedAutoEncoder"))
-    with pytest.raises(UsageError, match=r"dict_class='GatedAutoEncoder' of config\.json is not"):
+    path.write_text(path.read_text().replace("AutoEncoderTopK", "AutoEncoderNew"))
+    with pytest.raises(UsageError, match=r"dict_class='AutoEncoderNew' of config\.json is not"):
         load_foreign(f"dictionary_learning:{tmp_path}")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_sae import UsageError
+from lightning_sae import GatedSAE, UsageError
 from lightning_sae.interop import load_foreign, unfold
 from tests.helpers.foreign import RECORD, assert_same, every_kind, there_and_back, tokens, trained
 
@@ -51,6 +51,29 @@ def test_what_is_known_goes_with_it(tmp_path: Path):
     assert folded.record == RECORD
     assert folded.architecture == "MutualChoiceSAE"
     torch.testing.assert_close(folded.density, sae.history.density, rtol=1e-4, atol=1e-9)
+
+
+def test_gated_saes_are_read(tmp_path: Path):
+    """By the formula of its encoder, written out."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (16, 24), "W_dec": (24, 16), "b_dec": (16,)}
+    shapes |= dict.fromkeys(("b_gate", "r_mag", "b_mag"), (24,))
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    x = tokens()
+    for subtracts in (True, False):
+        config = {"architecture": "gated", "d_in": 16, "d_sae": 24, "metadata": {"l0": 5}}
+        config["apply_b_dec_to_input"] = subtracts
+        (tmp_path / "cfg.json").write_text(json.dumps(config))
+        products = (x - tensors["b_dec"] * subtracts) @ tensors["W_enc"]
+        magnitudes = (products * tensors["r_mag"].exp() + tensors["b_mag"]).relu()
+        codes = magnitudes * (products + tensors["b_gate"] > 0)
+        folded = load_foreign(f"saelens:{tmp_path}")
+        torch.testing.assert_close(folded(x)[0], codes, rtol=1e-4, atol=1e-3)
+        sae = unfold(folded)
+        assert type(sae) is GatedSAE
+        expected = codes @ tensors["W_dec"] + tensors["b_dec"]
+        torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-2)
 
 
 def foreign(folder: Path, **settings) -> dict[str, torch.Tensor]:
@@ -103,7 +126,7 @@ def test_topk_that_ranks_by_codes_times_lengths_is_read_and_no_other(tmp_path: P
         unfold(load_foreign(f"saelens:{tmp_path}"))
 
 
-UNREAD = {"architecture": "gated", "normalize_activations": "layer_norm"}
+UNREAD = {"architecture": "temporal", "normalize_activations": "layer_norm"}
 UNREAD |= {"reshape_activations": "hook_z"}
 
 
