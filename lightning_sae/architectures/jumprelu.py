@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_sae.allocation import Choice, common_threshold, scaled_thresholds, threshold_choice
-from lightning_sae.callbacks.calibrate_thresholds import CalibrateThresholds
+from lightning_sae.callbacks.calibrate_thresholds import calibration
 from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
 from lightning_sae.core.gate import Gate
 from lightning_sae.core.loading import require_finite
@@ -36,7 +36,7 @@ class JumpReLUSAE(SparseAutoencoder):
     They are trained as they are: logarithms hardly move by small steps. After the last step all are
     multiplied by the one factor that gives k on held-out text.
 
-    `penalty="tanh"` is that of Conerly et al. 2025 (Anthropic's update of January,
+    `penalty="tanh"` is Anthropic's of January 2025 (Conerly et al.,
     https://transformer-circuits.pub/2025/january-update): the sum of ``tanh(4 z)`` over codes z.
     They have a bandwidth of ``2 / sqrt(d_model)`` in our units, and a pre-activation loss of 3e-6.
 
@@ -85,6 +85,7 @@ class JumpReLUSAE(SparseAutoencoder):
         super().__init__(d_model, n_features, aux_coefficient=aux_coefficient, **options)
         self.k = k
         self.bandwidth = bandwidth
+        self._width = bandwidth * math.sqrt(d_model)  # in the units of affinities
         self.penalty = penalty
         self.pre_act_coefficient = pre_act_coefficient
         unknown = torch.full((n_features,), torch.nan, dtype=torch.float32)
@@ -114,10 +115,9 @@ class JumpReLUSAE(SparseAutoencoder):
         scores, threshold = self.scores(self.scaled(x)), self.threshold
         if threshold.isnan().any():
             cut = common_threshold(scores, self.k * tokens, ranks=ranks)
-            threshold = cut.expand(self.n_features)
+            self.threshold = cut.expand(self.n_features)
         else:
-            threshold = scaled_thresholds(scores, threshold, self.k * tokens, ranks=ranks)
-        self.threshold = threshold
+            self.threshold = scaled_thresholds(scores, threshold, self.k * tokens, ranks=ranks)
 
     def prepare(self, x: Tensor) -> None:
         """Let thresholds begin where this batch has k matches a token, if it is the first."""
@@ -177,11 +177,6 @@ class JumpReLUSAE(SparseAutoencoder):
         near = (codes < threshold + self._width / 2).detach()
         return near * (threshold - threshold.detach()) / self._width
 
-    @property
-    def _width(self) -> float:
-        """The width of the band, in the units of affinities."""
-        return self.bandwidth * math.sqrt(self.d_model)
-
     def observe(self, scores: Scores, choice: Choice) -> None:
         """Adjust the weight of the penalty to the matches that there were."""
         pairs = choice.matches
@@ -200,11 +195,9 @@ class JumpReLUSAE(SparseAutoencoder):
 
     def threshold_statistics(self) -> dict[str, Tensor]:
         """Return the mean threshold, and the weight of the penalty."""
-        weight = self.penalty_weight.weight.clone()
-        return {"threshold": self.threshold.mean(), "penalty_weight": weight}
+        weight = self.penalty_weight.weight
+        return {"threshold": self.threshold.mean(), "penalty_weight": weight.clone()}
 
     def configure_callbacks(self) -> list[Callback]:
         """Return also what calibrates thresholds after the last step, unless the Trainer has it."""
-        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])  # Fabric's has none
-        given = any(isinstance(callback, CalibrateThresholds) for callback in callbacks)
-        return super().configure_callbacks() + ([] if given else [CalibrateThresholds()])
+        return super().configure_callbacks() + calibration(self.trainer)

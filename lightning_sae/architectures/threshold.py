@@ -18,7 +18,7 @@ from lightning_sae.allocation import (
     mutual_choice,
     threshold_choice,
 )
-from lightning_sae.callbacks.calibrate_thresholds import CalibrateThresholds
+from lightning_sae.callbacks.calibrate_thresholds import calibration
 from lightning_sae.checks import UsageError, require_choice, require_k, require_not_negative
 from lightning_sae.core.gate import Gate, require_plain
 from lightning_sae.core.input_scaling import NormalizeInputs
@@ -147,9 +147,7 @@ class ThresholdSAE(SparseAutoencoder):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return also what calibrates thresholds after the last step, unless the Trainer has it."""
-        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])  # Fabric's has none
-        given = any(isinstance(callback, CalibrateThresholds) for callback in callbacks)
-        return super().configure_callbacks() + ([] if given else [CalibrateThresholds()])
+        return super().configure_callbacks() + calibration(self.trainer)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

@@ -63,6 +63,13 @@ class CalibrateThresholds(Callback):
             _calibrate(sae, torch.cat(x), ranks_of(trainer))
 
 
+def calibration(trainer: Any) -> list[Callback]:
+    """Return what an architecture with thresholds brings along, unless a Trainer has one."""
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])  # Fabric's has none
+    given = any(isinstance(callback, CalibrateThresholds) for callback in callbacks)
+    return [] if given else [CalibrateThresholds()]
+
+
 def _calibrate(sae: Any, x: Tensor, ranks: Ranks) -> None:
     tokens = ranks.count(x, x.device)
     before = ranks.count(sae.match(x).token, x.device) / tokens
