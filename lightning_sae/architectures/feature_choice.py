@@ -38,8 +38,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     One threshold a feature keeps it to its budget: it rises while more tokens are above it than
     the budget has matches, and falls while there are fewer. In inference a feature takes the tokens
     above its threshold. In training it does the same, so that a feature with five matches a batch
-    on average may take one or nine where one or nine deserve it; with `per_batch` it takes exactly
-    its budget of every batch instead.
+    on average may take one or nine that deserve it; with `per_batch` it takes exactly five.
 
     The paper sets budgets by a Zipf distribution and has features choose from the batch: that is
     `budgets="zipf"`, `min_matches=1` and `per_batch=True`. Its constants, how features get their
@@ -272,9 +271,11 @@ class FeatureChoiceSAE(ThresholdSAE):
             return
         if choice.passing is None:
             raise TypeError("a choice by features must count the tokens that pass thresholds")
-        budgets = self.budgets_for(ranks.count(scores, scores.device)).to(self.threshold)
+        tokens = ranks.count(scores, scores.device)
+        budgets = self.budgets_for(tokens).to(self.threshold)
         if self.threshold.isnan().any():  # features choose from the start
-            self.threshold.copy_(self._midpoints(scores, budgets))
+            counts = budgets.round().long().clamp(max=tokens).to(scores.device)
+            self.threshold.copy_(midpoint_thresholds(scores, counts, ranks=ranks))
             return
         # In proportion, because scores have no unit of their own; and by all of the excess, or rare
         # features, whose counts are the most uneven, would fire too often.
@@ -297,9 +298,3 @@ class FeatureChoiceSAE(ThresholdSAE):
         return scaled_thresholds(
             scores, self.threshold, budget, discount=self.discount, ranks=ranks
         )
-
-    def _midpoints(self, scores: Scores, budgets: Tensor) -> Tensor:
-        """Return thresholds (n_features,) that give each its budget, rounded, on all ranks."""
-        ranks = self.layout.ranks
-        counts = budgets.round().long().clamp(max=ranks.count(scores, scores.device))
-        return midpoint_thresholds(scores, counts.to(scores.device), ranks=ranks)

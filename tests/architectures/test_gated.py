@@ -81,7 +81,7 @@ def test_gates_begin_where_the_first_batch_has_k_matches_a_token():
 
 def test_it_takes_over_the_codes_of_another():
     torch.manual_seed(0)
-    topk = TopKSAE(8, 64, 3)
+    topk = TopKSAE(8, 64, 3, normalize_inputs="average")
     x = superposition(128, 8, n_features=16, seed=0)
     topk.loss(x)
     with torch.no_grad():
