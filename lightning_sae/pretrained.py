@@ -23,6 +23,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
 from lightning_sae.core.state_format import require_known
 from lightning_sae.model_card import model_card
+from lightning_sae.quickstart import packaged_sae
 from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "config_of"]
@@ -174,6 +175,12 @@ class PretrainedAutoencoder(
         (save_directory / CONFIG).write_text(f"{config}\n", encoding="utf-8")
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load one as huggingface_hub does, or one that ships, `quickstart/topk` say."""
+        sae: Self = super().from_pretrained(packaged_sae(pretrained_model_name_or_path), **options)
+        return sae
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
@@ -237,7 +244,7 @@ def config_of(folder: str | Path) -> dict[str, Any]:
 
 def _trained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the settings and the state of a trained SAE of whatever architecture."""
-    where = Path(path).expanduser()
+    where = Path(packaged_sae(path)).expanduser()
     if not where.is_dir():
         if where.is_file() or where.suffix == ".ckpt":
             found = read_checkpoint(where)
@@ -259,11 +266,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _checked(where: str, config: Any) -> dict[str, Any]:
-    """Return the `config.json` of a pretrained SAE.
-
-    Args:
-        where: What messages call it.
-        config: What the file says. None: there is none.
+    """Return what a `config.json` says, up to date, or None if there is none.
 
     Raises:
         UsageError: If it is not that of an SAE, or of a later format than this version knows.

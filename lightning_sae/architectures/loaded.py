@@ -15,6 +15,7 @@ from lightning_sae.checkpoint_format import is_sae
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.pretrained import CONFIG, config_of
+from lightning_sae.quickstart import packaged_sae
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["load"]
@@ -27,13 +28,15 @@ def load(
 
     Args:
         path: A checkpoint, a folder that `save_pretrained` wrote, or the id of a repository on the
-            Hugging Face hub that has such files. Nothing in them runs.
+            Hugging Face hub that has such files. Nothing in them runs. Or one of those that ship
+            with the package: `quickstart/standard`, `topk`, `mutual_choice` or `feature_choice`.
         revision: Branch, tag or commit on the hub. Default: the main branch.
         map_location: The device it is to be on.
 
     Raises:
         UsageError: If there is none, it is damaged, or its class is not known.
     """
+    path = packaged_sae(path)
     path = Path(path).expanduser() if Path(path).expanduser().exists() else str(path)
     if Path(path).is_file():
         found = open_checkpoint(path)

@@ -39,6 +39,7 @@ from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import StreamDataModule
 from lightning_sae.interop import FoldedSAE, is_foreign, load_foreign
+from lightning_sae.quickstart import packaged_sae
 
 __all__ = ["SparseAutoencoderCLI", "main"]
 
@@ -231,7 +232,7 @@ class SparseAutoencoderCLI(LightningCLI):
         self._run("predict", **kwargs | {"return_predictions": False})
 
     def _run(self, subcommand: str, **kwargs: Any) -> None:
-        path: Any = kwargs.get("ckpt_path")
+        path: Any = kwargs.get("ckpt_path") and packaged_sae(kwargs["ckpt_path"])
         measured = subcommand != "fit" and path is not None
         if measured and is_foreign(path):
             foreign, self._foreign = self._foreign or load_foreign(path), None

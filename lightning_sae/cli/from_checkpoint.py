@@ -18,6 +18,7 @@ from lightning_sae.data import StreamDataModule
 from lightning_sae.data.provenance import require_same_activations
 from lightning_sae.interop import FoldedSAE, unfold
 from lightning_sae.pretrained import config_of
+from lightning_sae.quickstart import packaged_sae
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["of_another_library", "of_folder", "tell_changes", "with_its_settings"]
@@ -155,11 +156,12 @@ def _after_packaged(tokens: Sequence[str]) -> int:
 
 def _noted_in(config: Any) -> dict[str, Any]:
     """Return what is noted in a checkpoint, or in a folder as a checkpoint would have it."""
-    if not Path(config.ckpt_path).is_dir():
-        found = open_checkpoint(config.ckpt_path)
+    path = packaged_sae(config.ckpt_path)
+    if not Path(path).is_dir():
+        found = open_checkpoint(path)
         upgrade(found)
         return found
-    noted = config_of(config.ckpt_path)
+    noted = config_of(path)
     trained_on = noted.get("trained_on", {})
     activations = {name: trained_on[name] for name in ACTIVATIONS if name in trained_on}
     return {
