@@ -25,6 +25,7 @@ SAES: dict[str, tuple[Any, dict[str, Any]]] = {
         {
             "k": 2,
             "dead_after_tokens": 16,
+            "dying_below": 0.75,
             "importance": "affinity",
             "normalize_inputs": "average",
             "rank_discount": 0.0,

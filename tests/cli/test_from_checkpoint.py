@@ -145,7 +145,7 @@ def test_a_folder_brings_what_its_checkpoint_would(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("lightning_sae.WarmSAE", WarmSAE, raising=False)
     line = ["test", "--config", "topk.yaml"]
     found = with_its_settings(line, config(tmp_path / "folder", model="WarmSAE"))
-    settings = ["n_features=32", "k=4", "importance=affinity", "normalize_inputs=average"]
+    settings = ["n_features=32", "k=4", "importance=affinity", "normalize_inputs=token"]
     expected = [f"--model.{setting}" for setting in (*settings, "temperature=0.5")]
     expected += ["--model=lightning_sae.WarmSAE", "--data.model_name=m", "--data.layer=0"]
     assert sorted(found[len(line) :]) == sorted(expected)

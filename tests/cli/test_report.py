@@ -67,7 +67,7 @@ def test_a_model_that_has_moved_can_be_named(folder: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["folder", "foreign"])
 def test_what_an_sae_does_not_note_can_be_said(tmp_path: Path, kind: str):
-    sae, path = TopKSAE(256, 24, 3).eval(), str(tmp_path / "sae")
+    sae, path = TopKSAE(256, 24, 3, normalize_inputs="average").eval(), str(tmp_path / "sae")
     if kind == "folder":
         sae.save_pretrained(path)
     else:

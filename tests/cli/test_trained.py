@@ -25,7 +25,7 @@ def test_own_ones_and_those_of_another_library(tmp_path: Path):
 
 def test_mean_and_scale_are_those_of_the_activations_it_is_for(tmp_path: Path):
     torch.manual_seed(0)
-    sae = MutualChoiceSAE(256, 64, 4)
+    sae = MutualChoiceSAE(256, 64, 4, rank_discount=0)
     sae.loss(torch.randn(512, 256))
     export(sae, "openmoss", tmp_path / "theirs")
     data = ActivationDataModule("quickstart", 1, validation_tokens=512)
