@@ -196,7 +196,7 @@ def test_what_goes_in_comes_out_in_the_same_type(make, dtype: torch.dtype):
 
 
 def test_the_direction_of_a_feature_is_the_code_that_is_one():
-    sae = TopKSAE(8, 16, 2)
+    sae = TopKSAE(8, 16, 2, normalize_inputs="average")
     one_hot = torch.nn.functional.one_hot(torch.tensor([3]), 16)  # integers
     torch.testing.assert_close(sae.decode(one_hot), sae.decoder.weight[3:4] + 0)
 

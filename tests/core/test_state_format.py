@@ -65,9 +65,18 @@ def test_a_state_notes_its_format_also_in_a_file(make):
 
 
 def test_a_state_of_one_scale_is_not_loaded_where_each_token_has_its_own():
-    average = MutualChoiceSAE(4, 16, 2, normalize_inputs="average")
+    average = MutualChoiceSAE(4, 16, 2, normalize_inputs="average", rank_discount=0)
     state = average.state_dict()
     state._metadata[""]["version"] = 2  # as it was when there was no choice
     average.load_state_dict(state)
     with pytest.raises(UsageError, match="normalize_inputs='token': the state to load was trained"):
+        MutualChoiceSAE(4, 16, 2).load_state_dict(state)
+
+
+def test_a_state_without_a_discount_is_not_loaded_where_there_is_one():
+    plain = MutualChoiceSAE(4, 16, 2, rank_discount=0)
+    state = plain.state_dict()
+    state._metadata[""]["version"] = 3
+    plain.load_state_dict(state)
+    with pytest.raises(UsageError, match="trained without a discount for ranks: give rank_disc"):
         MutualChoiceSAE(4, 16, 2).load_state_dict(state)
