@@ -5,10 +5,9 @@
 On the language model that ships with the package: 5 million tokens for each SAE, thresholds set so
 that each has k matches a token on the text it is measured on. Activations are computed once. Each
 SAE adds a line to `benchmarks/evidence.jsonl`; those that have one are not made again, and a run
-that was interrupted goes on from its last checkpoint. The first of the grid matter most. On two
-cores a run of 8,192 features takes a quarter of an hour, and the whole grid days; on a GPU, with
-`--processes 1`, minutes each. `python -m benchmarks.evidence_tables` makes tables and figures of
-what there is.
+that was interrupted goes on from its last checkpoint. The first of the grid matter most: by the
+time of a step, a run of 8,192 features is ten minutes on one core, and the whole grid days.
+`python -m benchmarks.evidence_tables` makes tables and figures of what there is.
 """
 
 import argparse
@@ -23,6 +22,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from notebooks.paper_claims import make_text
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 TOKENS, BATCH, LAYER, D_MODEL = 5_000_000, 2048, 2, 256
@@ -178,32 +179,6 @@ def train_and_measure(run: Run, work: Path, threads: int) -> dict[str, Any]:
     sae.save_pretrained(folder.with_name(f"{folder.name}.sae"))
     shutil.rmtree(folder)
     return result
-
-
-def make_text(folder: Path) -> None:
-    """Write the shipped text, with more to test on: the Python sources of the installed torch.
-
-    The held-out part of the shipped text is less than the million tokens that a search for dead
-    features wants. The language model has seen no sources of torch.
-    """
-    import datasets
-    import torch
-
-    from lightning_sae.quickstart import TEXT
-
-    if folder.exists():
-        return
-    train, held_out = (
-        datasets.Dataset.from_parquet(str(TEXT / f"{split}.parquet")).select_columns("text")
-        for split in ("train", "validation")
-    )
-    files = sorted(Path(torch.__file__).parent.glob("nn/**/*.py"))
-    more = datasets.Dataset.from_dict({"text": [file.read_text() for file in files]})
-    unfinished = folder.with_suffix(".unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    train.to_parquet(unfinished / "train.parquet")
-    datasets.concatenate_datasets([held_out, more]).to_parquet(unfinished / "validation.parquet")
-    unfinished.rename(folder)
 
 
 if __name__ == "__main__":
