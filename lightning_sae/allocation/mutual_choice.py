@@ -69,7 +69,7 @@ def mutual_choice(
         chosen = among_largest_pairs(found.token, worth, budget)
         return valued(found.select(chosen).sort(), affinities)
     order = found.token.argsort(stable=True)
-    found, worth = found.sort(), worth[order]
+    found, worth = found.select(order), worth[order]
     everything, budgets = torch.zeros_like(found.token), found.token.new_tensor([budget])
     chosen = among_largest_of_all(
         everything, worth, budgets, ranks, own_tokens=len(scores), all_tokens=tokens
