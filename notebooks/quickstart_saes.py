@@ -1,4 +1,4 @@
-"""Makes the SAEs that ship with the package: one of each architecture, on its language model.
+"""Makes the SAEs that ship with the package, on its language model: one of each of four rules.
 
     python notebooks/quickstart_saes.py
 

@@ -112,7 +112,7 @@ def _paths(named: str, called: str) -> list[Path]:
         found = [path]
     elif glob.has_magic(named):
         # `Path.glob` takes no absolute pattern.
-        found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+        found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - as said
     else:
         raise UsageError(f"{called} does not exist")
     if not found or any(file.suffix not in suffixes for file in found):
@@ -130,7 +130,7 @@ def _of_safetensors(path: Path, column: str | None) -> VectorFile:
     try:
         file: Any = safe_open(str(path), framework="pt")  # which maps it, and holds no descriptor
         # It has keys, but cannot be iterated over.
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - as said
         made_of = json.loads((file.metadata() or {}).get(METADATA, "{}"))
         if not isinstance(made_of, dict):
             raise ValueError(f"{METADATA} in its metadata is no JSON object")

@@ -1,7 +1,7 @@
 """A small language model, a fixed sample of text, and SAEs, for trying the library offline.
 
 `FOLDER` is a Transformers model folder (`AutoModelForCausalLM.from_pretrained(FOLDER)`), `TEXT`
-holds `train.parquet` and `validation.parquet`, and `SAES` a trained SAE of each architecture. See
+holds `train.parquet` and `validation.parquet`, and `SAES` four trained SAEs. See
 `README.md` beside this file for what they are and how they were made.
 """
 
