@@ -13,6 +13,7 @@ from lightning_sae.callbacks.figures import (
 )
 from lightning_sae.callbacks.finite_weights import FiniteWeights
 from lightning_sae.callbacks.hparams_tab import HParamsTab
+from lightning_sae.callbacks.k_decay import KDecay
 from lightning_sae.callbacks.loss_recovered import LossRecoveredCallback
 from lightning_sae.callbacks.resampling import ResampleDeadFeatures
 from lightning_sae.callbacks.results_table import ResultsTable
@@ -30,6 +31,7 @@ __all__ = [
     "FeatureDensityFigures",
     "FiniteWeights",
     "HParamsTab",
+    "KDecay",
     "LossRecoveredCallback",
     "ResampleDeadFeatures",
     "ResultsTable",
