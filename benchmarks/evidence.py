@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ LEARNING_RATE = 2e-3
 
 NO_AUX, AUX_K, AUX_ZIPF = {"aux_coefficient": 0}, {"dying_below": 0}, {"dying_below": 0.75}
 PAPER = {"budgets": "zipf", "min_matches": 1, "per_batch": True}
+WANTED_L0 = {"l1_coefficient": 3.85, "l1_warmup_tokens": 200_000}  # where the weight begins
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "TopK": ("TopKSAE", {}),
     "Mutual Choice": ("MutualChoiceSAE", {}),
@@ -48,8 +50,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mutual Choice, aux_k_loss": ("MutualChoiceSAE", AUX_K),
     "Feature Choice, uniform": ("FeatureChoiceSAE", {"budgets": "uniform"}),
     "Feature Choice, rank_discount 0": ("FeatureChoiceSAE", {"rank_discount": 0}),
+    "Standard, resampled": ("StandardSAE", WANTED_L0),
+    "JumpReLU": ("JumpReLUSAE", {}),
+    "Gated": ("GatedSAE", {}),
+    "Matryoshka": ("MutualChoiceSAE", {"prefixes": (1 / 32, 3 / 32, 7 / 32, 15 / 32)}),
 }
-"""By name: the class, and what is not its default."""
+"""By name: the class, and what is not its default; prefixes are shares of the features."""
 CHIEF = tuple(VARIANTS)[:3]
 
 
@@ -141,17 +147,24 @@ def train_and_measure(run: Run, work: Path, threads: int) -> dict[str, Any]:
 
     import lightning_sae
     from benchmarks.evidence_measures import DeadCurve, measure
-    from lightning_sae.callbacks import LossRecoveredCallback
+    from lightning_sae.callbacks import LossRecoveredCallback, ResampleDeadFeatures
 
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
     pl.seed_everything(run.seed)
     name, options = VARIANTS[run.variant]
     folder = work / str(run).replace(" ", "_").replace(",", "").replace("'", "")
+    if shares := options.get("prefixes"):
+        options = {"prefixes": [round(share * run.n_features) for share in shares]}
     sae = getattr(lightning_sae, name)(
-        D_MODEL, run.n_features, run.k, dead_after_tokens=DEAD_AFTER, **options
+        D_MODEL,
+        run.n_features,
+        k=run.k,
+        dead_after_tokens=DEAD_AFTER,
+        optimizer=partial(torch.optim.Adam, lr=LEARNING_RATE, eps=6.25e-10, fused=True),
+        **options,
     )
-    sae.lr = LEARNING_RATE
+    resampling = [ResampleDeadFeatures(500_000, times=6)] if name == "StandardSAE" else []
     curve, quiet = DeadCurve(), {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(
         max_steps=STEPS,
@@ -161,6 +174,7 @@ def train_and_measure(run: Run, work: Path, threads: int) -> dict[str, Any]:
         logger=False,
         callbacks=[
             curve,
+            *resampling,
             ModelCheckpoint(folder, every_n_train_steps=200, save_top_k=0, save_last=True),
         ],
         **quiet,

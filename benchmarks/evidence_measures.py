@@ -1,5 +1,6 @@
 """What a trained SAE is worth, and which of its features: for `benchmarks.evidence`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def measure(sae: SparseAutoencoder, file: Path, tokens: int) -> dict[str, Any]:
         "never_fired": int((counts == 0).sum()),
         "fired_less_than_5_times": int((counts < 5).sum()),
         "fvu_without_rarest": rarest,
-        "densities": [round(value, 8) for value in density.sort(descending=True).values.tolist()],
+        "densities": _by_rank(density),
         **_law(density, len(everything)),
         **_duplicates(sae.W_dec.detach()),
     }
@@ -94,6 +95,14 @@ def _share_unexplained(
         squared += error.double().square().sum().item()
         count += len(matches)
     return {"fvu": squared / spread, "l0": count / len(x)}
+
+
+def _by_rank(density: Tensor) -> list[tuple[int, float]]:
+    """Return ranks, as far apart as a logarithmic axis shows them, and their densities."""
+    last = len(density)
+    ranks = torch.logspace(0, math.log10(last), 200).round().clamp(1, last).long().unique()
+    values = density.sort(descending=True).values[ranks - 1]
+    return [(r, round(v, 8)) for r, v in zip(ranks.tolist(), values.tolist(), strict=True)]
 
 
 def _law(density: Tensor, tokens: int) -> dict[str, float]:

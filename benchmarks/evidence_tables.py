@@ -74,8 +74,7 @@ def draw(results: Results, file: Path) -> None:
         tokens, dead = zip(*result["dead_curve"], strict=True)
         left.plot([each / 1e6 for each in tokens], dead, label=label, **style)
         if result["run"]["seed"] == 0:
-            ranks = range(1, 1 + len(result["densities"]))
-            right.loglog(ranks, result["densities"], **style)
+            right.loglog(*zip(*result["densities"], strict=True), **style)
     left.set(xlabel="million tokens of training", ylabel="features that did not fire for 100,000")
     right.set(xlabel="rank", ylabel="density", ylim=(1e-6, 1))
     for axes in (left, right):
