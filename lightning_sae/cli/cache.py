@@ -14,7 +14,7 @@ __all__ = ["fill_cache"]
 
 
 def fill_cache(data: Any, trainer: pl.Trainer) -> None:
-    """Keep all activations that `fit` and `test` would read in --data.cache_dir, and train nothing.
+    """Keep what `fit` and `test` would read in --data.cache_dir, and train nothing.
 
     It takes the same configurations as fit. How many it keeps follows from trainer.max_steps and
     data.batch_size; data of a known length are kept once, however many steps there are. How much

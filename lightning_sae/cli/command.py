@@ -33,7 +33,8 @@ from lightning_sae.cli.from_checkpoint import (
     with_its_settings,
 )
 from lightning_sae.cli.noise import silence_noise
-from lightning_sae.cli.parser import ConfigFile, Parser, run_function
+from lightning_sae.cli.overview import overview
+from lightning_sae.cli.parser import ConfigFile, Parser, packaged_configs, run_function
 from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
@@ -47,10 +48,7 @@ COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
     {"report": report, "export": export_sae, "import": import_sae}
 )
 """Those that are no methods of the Trainer, and so none of LightningCLI's subcommands."""
-DESCRIPTION: Final = (
-    "Train and evaluate sparse autoencoders on transformer activations. Further commands, with a "
-    f"help of their own: {', '.join([*COMMANDS, 'cache'])}."
-)
+DESCRIPTION: Final = "Train and evaluate sparse autoencoders on transformer activations."
 FILLING: Final = (inspect.getdoc(fill_cache) or "").partition("\n\nArgs:")[0]
 SEEDS: Final = 2**32 - 1
 NEEDED: Final = {"fit": "a checkpoint to resume; model.start_from takes any trained SAE"}
@@ -74,6 +72,9 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     with exit_on_signals(), one_line_errors():
         name, rest = (given[0], given[1:]) if isinstance(given, list) and given else ("", [])
+        if name in ("-h", "--help"):
+            print(overview({**COMMANDS, "cache": fill_cache}, packaged_configs()), end="")
+            return
         if name in COMMANDS:
             run_function(COMMANDS[name], name, rest)
             return

@@ -14,7 +14,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, refusals
 from lightning_sae.cli.nearest import meant_file, with_nearest_class, with_nearest_key
 
-__all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config", "run_function"]
+__all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config", "packaged_configs", "run_function"]
 
 PACKAGE: Final = Path(lightning_sae.__file__).parent
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class ConfigFile(ActionConfigFile):
         """Parse the file and add its keys to `cfg`."""
         parser.reading = f"config={values}\n"
         path = find_config(values)
-        near = "" if Path(path).is_file() else meant_file(values, _packaged())
+        near = "" if Path(path).is_file() else meant_file(values, packaged_configs())
         if near:
             parser.error(f"there is no such file{near}")
         try:
@@ -134,10 +134,10 @@ class ConfigFile(ActionConfigFile):
         parser.reading = ""
 
 
-def _packaged() -> list[str]:
+def packaged_configs() -> list[str]:
     """Return the names of the configurations that ship with the package."""
     folders = (folder / "configs" for folder in (PACKAGE, PACKAGE.parent))
-    return [str(path.relative_to(each)) for each in folders for path in each.rglob("*.yaml")]
+    return [path.relative_to(each).as_posix() for each in folders for path in each.rglob("*.yaml")]
 
 
 def find_config(name: str) -> str:

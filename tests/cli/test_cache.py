@@ -98,6 +98,8 @@ def test_the_help_says_what_it_does(capsys, monkeypatch):
         main(["cache", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("usage: lightning_sae cache")
-    assert "Keep all activations that `fit` and `test` would read in --data.cache_dir" in printed
+    assert (
+        "Keep what `fit` and `test` would read in --data.cache_dir, and train nothing." in printed
+    )
     assert "--trainer.max_steps" in printed
     assert "Raises" not in printed
