@@ -57,8 +57,8 @@ class SparseAutoencoder(PretrainedAutoencoder):
         d_model: Width of the activations.
         n_features: Size of the dictionary.
         optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: linear
-            decay to zero over the run.
+        lr_scheduler: Makes a schedule, stepped every batch, from the optimizer. Default: warm-up in
+            the first twentieth of the run, then linear decay to zero.
         options: Those of `lightning_sae.core.Autoencoder`, which also says what it raises.
     """
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -17,6 +18,8 @@ __all__ = ["MakeOptimizer", "MakeSchedule", "in_terms_of", "optimizer_and_schedu
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 MakeSchedule = Callable[[Optimizer], LRScheduler]
 
+_WARM_UP = 0.05  # of the run
+
 
 def optimizer_and_schedule(
     optimizer: Optimizer, make_schedule: MakeSchedule | None, steps: float
@@ -27,8 +30,9 @@ def optimizer_and_schedule(
 
     Args:
         optimizer: As it was made.
-        make_schedule: Makes the schedule. Default: the learning rate falls linearly to zero over
-            the run, or stays as it is if the run has no set number of steps.
+        make_schedule: Makes the schedule. Default: the learning rate rises for a twentieth of the
+            run and then falls linearly to zero; or it stays as it is if the run has no set number
+            of steps.
         steps: Optimizer steps of the run; infinite if it has no set number.
 
     Raises:
@@ -40,11 +44,20 @@ def optimizer_and_schedule(
         with in_terms_of("lr_scheduler", ValueError, ZeroDivisionError):
             schedule = make_schedule(optimizer)
     elif math.isfinite(steps):
-        # Not LinearLR: a run resumed with more steps than before could not leave its zero.
-        schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / max(1, steps)))
+        schedule = LambdaLR(optimizer, partial(_warm_up_and_decay, steps=max(1, steps)))
     else:
         return optimizer
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _warm_up_and_decay(step: int, steps: float) -> float:
+    """Return what the learning rate is multiplied by at a step.
+
+    Not torch's schedules in a row: a run resumed with more steps than before could not leave their
+    zero.
+    """
+    rising, falling = (step + 1) / (_WARM_UP * steps), (1 - step / steps) / (1 - _WARM_UP)
+    return max(0.0, min(1.0, rising, falling))
 
 
 def _require_eps_in_range(optimizer: Optimizer) -> None:

@@ -16,16 +16,17 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
 
 
-def test_by_default_the_rate_falls_linearly_to_zero_and_never_below(optimizer):
-    configured = optimizer_and_schedule(optimizer, None, steps=4)
+def test_by_default_the_rate_rises_and_falls_to_zero_and_never_below(optimizer):
+    configured = optimizer_and_schedule(optimizer, None, steps=40)
     assert configured["optimizer"] is optimizer
     assert configured["lr_scheduler"]["interval"] == "step"
     rates = []
-    for _ in range(6):
+    for _ in range(42):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         configured["lr_scheduler"]["scheduler"].step()
-    assert rates == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    falls = [1 - step / 38 for step in range(38)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, *falls[1:], 0.0, 0.0])
 
 
 def test_in_a_run_of_no_set_length_the_rate_stays(optimizer):
