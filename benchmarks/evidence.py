@@ -33,7 +33,7 @@ MANY = 1 << 20  # held-out tokens on which features may fire
 MEASURED = 1 << 18  # of these, for everything else
 OF_THE_MODEL = 32_768  # for the language model's loss
 DEAD_AFTER = 100_000
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 4e-3
 
 NO_AUX, AUX_K, AUX_ZIPF = {"aux_coefficient": 0}, {"dying_below": 0}, {"dying_below": 0.75}
 PAPER = {"budgets": "zipf", "min_matches": 1, "per_batch": True}
