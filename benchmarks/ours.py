@@ -2,7 +2,7 @@
 
 import tempfile
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.rounds import Feed, Size
 
@@ -36,7 +36,13 @@ def build(architecture: str, size: Size, *, chunked: bool = False, **options: An
 
 
 def fit(
-    feed: Feed, architecture: str, chunked: bool = False, dead: float = 0.0, aux_every: int = 1
+    feed: Feed,
+    architecture: str,
+    chunked: bool = False,
+    dead: float = 0.0,
+    aux_every: int = 1,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    progress_bar: bool = True,
 ) -> None:
     """Train in a Trainer set up as in the shipped configurations, validation left out.
 
@@ -46,6 +52,8 @@ def fit(
         chunked: Whether `ChunkedAdam` steps, which needs no gradient as large as the weights.
         dead: Share of the features that the auxiliary loss takes for dead; 0 leaves it out.
         aux_every: It is computed on one token in so many.
+        precision: The Trainer's.
+        progress_bar: Whether there is one; a process can have one at a time.
     """
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -61,12 +69,14 @@ def fit(
         Trainer(
             accelerator=feed.device,
             devices=1,
+            precision=precision,
             max_steps=1_000_000,
             max_epochs=-1,
             gradient_clip_val=CLIP,
             log_every_n_steps=10,
             logger=TensorBoardLogger(folder),
             enable_checkpointing=False,
+            enable_progress_bar=progress_bar,
         ).fit(sae, feed)
 
 

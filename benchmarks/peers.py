@@ -13,8 +13,8 @@ Rule = Literal["topk", "batchtopk"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
 
-def saelens(feed: Feed, rule: Rule, dead: float = 0.0) -> None:
-    """Train with SAELens: `SAETrainer.fit`."""
+def saelens(feed: Feed, rule: Rule, dead: float = 0.0, autocast: bool = False) -> None:
+    """Train with SAELens: `SAETrainer.fit`, with products in bfloat16 if `autocast`."""
     from sae_lens import (
         BatchTopKTrainingSAE,
         BatchTopKTrainingSAEConfig,
@@ -37,6 +37,7 @@ def saelens(feed: Feed, rule: Rule, dead: float = 0.0) -> None:
             total_training_samples=ENDLESS * size.tokens,
             train_batch_size_samples=size.tokens,
             device=feed.device,
+            autocast=autocast,
             lr_end=3e-5,  # a tenth, as their runner sets it; the schedule is constant
             logger=LoggingConfig(log_to_wandb=False),
         ),

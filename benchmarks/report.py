@@ -25,10 +25,10 @@ def write(
     folder: Path, measured: dict[Size, Outcome], *, rounds: int, threads: int, device: str
 ) -> None:
     """Write what was measured as a page, as JSON and, where there is a floor, as a figure."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version_of(name) for name in PACKAGES}
     load = os.getloadavg()[0]
     page = [
-        f"{_processor(device)}, {os.cpu_count()} cores, {threads} thread(s) in use, {rounds} "
+        f"{processor(device)}, {os.cpu_count()} cores, {threads} thread(s) in use, {rounds} "
         f"rounds, {'CPU' if threads == 1 and device == 'cpu' else 'wall'} time, load average "
         f"{load:.1f} at the end. "
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}."
@@ -38,7 +38,7 @@ def write(
         page += [f"{name} could not be run: {reason}" for name, reason in outcome.failures.items()]
     (folder / "training_step.md").write_text("\n\n".join(page) + "\n")
 
-    about = {"processor": _processor(device), "threads": threads, "rounds": rounds, "load": load}
+    about = {"processor": processor(device), "threads": threads, "rounds": rounds, "load": load}
     raw = {str(size): asdict(outcome) for size, outcome in measured.items()}
     text = json.dumps(about | {"versions": versions, "measured": raw}, indent=1)
     (folder / "training_step.json").write_text(text)
@@ -202,7 +202,7 @@ def draw(measured: dict[Size, Outcome], path: Path) -> None:
     plt.close(figure)
 
 
-def _processor(device: str) -> str:
+def processor(device: str) -> str:
     if device == "cuda":
         import torch
 
@@ -213,7 +213,7 @@ def _processor(device: str) -> str:
     return names[0] if names else platform.processor()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -115,7 +115,7 @@ class Feed:
             return
         with suppress(OSError):  # without it, the peak of the imports may hide that of a small SAE
             Path("/proc/self/clear_refs").write_text("5")
-        self._memory = _memory("VmRSS")
+        self._memory = memory("VmRSS")
 
     def lap(self, name: str) -> None:
         """Note the time since the last lap, or since the batch was handed out, under a name."""
@@ -267,10 +267,10 @@ def _finished() -> float:
 def _peak(device: str) -> int:
     import torch
 
-    return _memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+    return memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def _memory(name: str) -> int:
+def memory(name: str) -> int:
     """Return a figure of this process's memory in bytes; 0 where the system does not tell."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []

@@ -6,9 +6,13 @@ Only where there is a GPU; elsewhere Triton's interpreter and compilers stand in
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sae import (
     ChunkedAdam,
@@ -18,11 +22,14 @@ from lightning_sae import (
     StandardSAE,
     TopKSAE,
 )
+from lightning_sae.data import ActivationDataModule
+from tests.data import tiny
 from tests.helpers.superposition import superposition
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 D_MODEL, N_FEATURES, K, TOKENS = 64, 1024, 8, 512
+ACCELERATOR, STEPS = "gpu", 8
 
 feature_choice = partial(
     FeatureChoiceSAE, mutual_choice_share=0, zipf_exponent=1.0, zipf_offset=2.0
@@ -77,3 +84,39 @@ def test_tokens_times_features_are_never_in_memory(architecture: str):
         loss, _ = sae.loss(x)
         loss.backward()
         assert torch.cuda.max_memory_allocated() - before < tokens * features  # a quarter
+
+
+# ModelCheckpoint, which is told in another folder what it saved in the one before.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("architecture", ["topk", "mutual", "feature", "per batch"])
+def test_a_cut_does_not_show(architecture: str, precision: str, tmp_path: Path):
+    make, options = MAKE[architecture].func, MAKE[architecture].keywords
+    sources = tiny.arguments(tiny.save_model(tmp_path / "lm"), tiny.save_text(tmp_path / "t.jsonl"))
+
+    def train(folder: Path, start: Path | None) -> dict[str, Any]:
+        torch.manual_seed(0 if start is None else 1)  # what is drawn is no part of a checkpoint
+        pl.Trainer(
+            accelerator=ACCELERATOR,
+            devices=1,
+            precision=precision,
+            max_steps=STEPS,
+            max_epochs=-1,
+            limit_val_batches=0,
+            gradient_clip_val=1.0,
+            logger=False,
+            callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(
+            make(tiny.D_MODEL, 32, 3, **options),
+            ActivationDataModule(**sources),
+            ckpt_path=start,
+            weights_only=True,
+        )
+        raw = torch.load(folder / f"step={STEPS}.ckpt", weights_only=True, map_location="cpu")
+        return {key: raw[key] for key in ("state_dict", "optimizer_states")}
+
+    whole = train(tmp_path / "whole", None)
+    resumed = train(tmp_path / "resumed", tmp_path / "whole" / f"step={STEPS // 2}.ckpt")
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0, equal_nan=True)
