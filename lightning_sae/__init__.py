@@ -32,6 +32,7 @@ from lightning_sae.data import (
     ImageActivationDataModule,
     LanguageModel,
     StoredActivationsDataModule,
+    SyntheticDataModule,
     VisionModel,
 )
 from lightning_sae.optim import ChunkedAdam
@@ -61,6 +62,7 @@ __all__ = [
     "StandardSAE",
     "StopOnSignal",
     "StoredActivationsDataModule",
+    "SyntheticDataModule",
     "TopKSAE",
     "UsageError",
     "VisionModel",
