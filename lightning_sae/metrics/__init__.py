@@ -1,9 +1,12 @@
 """Metrics of sparse autoencoders for torchmetrics: usable with Lightning, in a loop, or alone."""
 
+from lightning_sae.metrics.absorption import FeatureAbsorption
 from lightning_sae.metrics.base import TotalsMetric
+from lightning_sae.metrics.classification import FeatureClassification
 from lightning_sae.metrics.correlation import Correlation
 from lightning_sae.metrics.dead import DeadFeatures
 from lightning_sae.metrics.density import FeatureDensity
+from lightning_sae.metrics.directions import direction_statistics, largest_cosines
 from lightning_sae.metrics.fraction_of_variance_unexplained import FractionOfVarianceUnexplained
 from lightning_sae.metrics.l0 import L0, L0StandardDeviation
 from lightning_sae.metrics.loss_recovered import LossRecovered, loss_recovered
@@ -15,6 +18,8 @@ __all__ = [
     "L0",
     "Correlation",
     "DeadFeatures",
+    "FeatureAbsorption",
+    "FeatureClassification",
     "FeatureDensity",
     "FractionOfVarianceUnexplained",
     "L0StandardDeviation",
@@ -22,6 +27,8 @@ __all__ = [
     "TokenCount",
     "TotalsMetric",
     "ZipfStatistics",
+    "direction_statistics",
+    "largest_cosines",
     "loss_recovered",
     "next_token_losses",
     "zipf_statistics",
