@@ -23,6 +23,7 @@ from lightning_sae.callbacks.stop_on_signal import StopOnSignal
 from lightning_sae.callbacks.throughput import TokensPerSecond
 from lightning_sae.callbacks.top_contexts import TopContexts, top_contexts
 from lightning_sae.callbacks.train_sae import TrainSAE
+from lightning_sae.callbacks.truth import TruthCallback
 from lightning_sae.callbacks.write_matches import WriteMatches
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "TokensPerSecond",
     "TopContexts",
     "TrainSAE",
+    "TruthCallback",
     "WriteMatches",
     "plot_density_histogram",
     "plot_matches_by_loss",

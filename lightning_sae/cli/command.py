@@ -18,7 +18,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 import lightning_sae
 from lightning_sae import SparseAutoencoder
-from lightning_sae.callbacks import FiniteWeights, HParamsTab, SavePretrained, StopOnSignal
+from lightning_sae.callbacks import (
+    FiniteWeights,
+    HParamsTab,
+    SavePretrained,
+    StopOnSignal,
+    TruthCallback,
+)
 from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
@@ -90,7 +96,10 @@ def main(args: ArgsType = None) -> None:
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [FiniteWeights(), StopOnSignal(), SavePretrained(), HParamsTab()]
+                "callbacks": [
+                    *(FiniteWeights(), StopOnSignal(), SavePretrained(), HParamsTab()),
+                    TruthCallback(),
+                ]
             },
             parser_kwargs={
                 "prog": "lightning_sae cache" if caching else "lightning_sae",
