@@ -1,10 +1,12 @@
-"""Where a transformer's blocks are, and the transformer without the first of them."""
+"""A transformer's blocks: where they are, what runs through them, and all but the first."""
 
 from __future__ import annotations
 
 from copy import copy
+from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError
@@ -12,7 +14,7 @@ from lightning_sae.checks import UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["check_layer", "path_of_blocks", "starting_after"]
+__all__ = ["a_few_inputs", "check_layer", "path_of_blocks", "starting_after"]
 
 
 def check_layer(config: PretrainedConfig, layer: int | str) -> None:
@@ -23,6 +25,18 @@ def check_layer(config: PretrainedConfig, layer: int | str) -> None:
     if not 0 <= layer < layers:
         name = config.name_or_path or config.model_type
         raise UsageError(f"layer={layer} is out of range: {name} has layers 0 to {layers - 1}")
+
+
+def a_few_inputs(model: PreTrainedModel) -> Tensor:
+    """Return eight tokens that a model knows, (1, 8), or an image, (1, channels, height, width)."""
+    config: Any = model.config
+    if model.main_input_name == "input_ids":
+        few: Tensor = torch.arange(16, device=model.device) % config.get_text_config().vocab_size
+        return few[None, -8:]
+    sides = config.image_size
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    pixels = torch.linspace(-1, 1, config.num_channels * prod(sides), device=model.device)
+    return pixels.view(1, -1, *sides).to(model.dtype)
 
 
 def path_of_blocks(model: PreTrainedModel) -> str:

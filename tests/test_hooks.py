@@ -33,6 +33,21 @@ def test_they_act_in_the_order_in_which_they_were_entered_and_ahead_of_others():
     assert seen == [16, 2, 1]
 
 
+def test_what_a_module_is_given_is_changed_before_it_runs():
+    module, one = nn.Identity(), torch.ones(())
+    seen = seen_by(module)
+    with (
+        hooked(module, lambda _m, inputs: (inputs[0] + 1,), before=True) as calls,
+        hooked(module, lambda _m, inputs: (inputs[0] * 3,), before=True),
+        hooked(module, plus(10)),
+    ):
+        assert module(one) == 16
+    assert seen == [16]
+    assert len(calls) == 1
+    assert module(one) == 1
+    assert not module._forward_pre_hooks
+
+
 def test_they_may_be_left_in_any_order():
     module, one = nn.Identity(), torch.ones(())
     first, second, third = (hooked(module, hook) for hook in (plus(1), times(3), plus(10)))

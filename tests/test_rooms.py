@@ -25,9 +25,9 @@ ROOMS = (
     ("kernels", "data", "metrics"),
     ("parallel",),
     (
-        *("matches", "numerics", "zipf", "hooks", "layers", "residual_stream"),
+        *("matches", "numerics", "zipf", "hooks", "layers", "residual_stream", "sites"),
         *("checks", "hyperparameters", "model_card", "tensor_files", "uncompiled", "quickstart"),
-        "temporary",
+        *("several_sites", "temporary"),
     ),
 )
 """From the top. What stands in one line may import from each other, but for the ground."""

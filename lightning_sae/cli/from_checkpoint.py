@@ -23,7 +23,7 @@ from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["of_another_library", "of_folder", "tell_changes", "with_its_settings"]
 
-ACTIVATIONS: Final = ("model_name", "layer", "model_dtype")
+ACTIVATIONS: Final = ("model_name", "layer", "site", "model_dtype")
 
 
 def with_its_settings(

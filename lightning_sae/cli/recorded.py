@@ -16,7 +16,7 @@ from lightning_sae.data.provenance import ORDER
 
 __all__ = ["held_out_activations", "recorded_activations", "recorded_settings"]
 
-MODEL: Final = frozenset({"model_name", "model_revision", "layer", "model_dtype"})
+MODEL: Final = frozenset({"model_name", "model_revision", "layer", "site", "model_dtype"})
 NOTED: Final = MODEL | (set(ActivationDataModule.place) - ORDER)
 """What a record is believed. Whoever wrote the file may have written anything else beside it, a
 folder to write to, say."""

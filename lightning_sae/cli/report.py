@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Final, Literal, cast
 
 import torch
 
@@ -17,6 +18,9 @@ from lightning_sae.report.write import Split, report_of, write_report
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["report"]
+
+SOURCES: Final = MappingProxyType({"resid_post": "res", "mlp_out": "mlp", "z": "att"})
+"""What sites are in the names that sets of features have on Neuronpedia."""
 
 
 def report(
@@ -56,17 +60,19 @@ def report(
     said = {name: value for name, value in named.items() if value is not None}
     sae = trained(ckpt_path, device, said)
     data = _data_of(sae, ckpt_path, said)
-    if not (page or isinstance(data.model.layer, int)):
+    block, kind = data.model.layer, SOURCES.get(str(data.model.site))
+    known = isinstance(block, int) and kind is not None
+    if not (page or known):
         raise UsageError(
-            f"format={format}: Neuronpedia knows layers by numbers of blocks, and the SAE is of "
-            f"layer={data.model.layer!r}"
+            f"format={format}: Neuronpedia knows layers by numbers of blocks, and of sites "
+            f"{', '.join(SOURCES)}; the SAE is of layer={block!r}, site={data.model.site!r}"
         )
     found = report_of(sae, data, tokens=tokens, split=split)
     if page:
         paths = write_report(found, where)
     else:
-        names = {"model_id": Path(data.model_name).name, "source_set": "lightning_sae-res"}
-        paths = write_neuronpedia(found, where, layer=int(data.model.layer), **names)
+        names = {"model_id": Path(data.model_name).name, "source_set": f"lightning_sae-{kind}"}
+        paths = write_neuronpedia(found, where, layer=cast(int, block), **names)
     for path in paths:
         print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 

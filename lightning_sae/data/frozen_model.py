@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_sae.checks import UsageError, require_at_least
+from lightning_sae.checks import UsageError
 from lightning_sae.data.cache import ActivationCache
 from lightning_sae.data.fingerprints import model_fingerprint, weights_fingerprint
 from lightning_sae.data.shards import Shards
 from lightning_sae.layers import check_layer
 from lightning_sae.quickstart import FOLDER
 from lightning_sae.residual_stream import ResidualStream
+from lightning_sae.several_sites import SeveralSites
+from lightning_sae.sites import Layers, Sites, hook_name_of, pairs_of, width_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,38 +45,46 @@ _LOADING = Lock()
 
 
 class FrozenModel(ABC):
-    """A frozen transformer, read at one layer; a subclass says how one is loaded and read.
+    """A frozen transformer, read at a layer or at several; a subclass says how it is loaded.
 
     Args:
         name: A folder or a hub id; "quickstart" is the language model that ships with the package.
         layer: Block whose output is read, from 0, or the path of a module, "model.layers.3" say.
+            A list: several, whose activations are beside each other.
+        site: What of the block is read: `lightning_sae.sites.Site`. A list: several.
         revision: Branch, tag or commit on the hub. None: the main branch.
         dtype: What the model computes in: "float32", "bfloat16" or "float16".
 
     Raises:
-        UsageError: If the layer is negative, or the dtype none of these.
+        UsageError: If the layer is negative, or the dtype none of these, or the site.
     """
 
     def __init__(
-        self, name: str, layer: int | str, *, revision: str | None = None, dtype: Dtype = "float32"
+        self,
+        name: str,
+        layer: Layers,
+        *,
+        site: Sites = "resid_post",
+        revision: str | None = None,
+        dtype: Dtype = "float32",
     ) -> None:
-        if not isinstance(layer, str):
-            require_at_least(0, layer=layer)
-            layer = int(layer)  # which checkpoints note
+        self._pairs = pairs_of(layer, site)
         if dtype not in get_args(Dtype):
             raise UsageError(f"model_dtype={dtype!r} must be one of {', '.join(get_args(Dtype))}")
         self.name = name = str(name)  # a `Path` will do
-        self.layer = layer
+        self.layer = layer if isinstance(layer, str | list) else int(layer)  # as checkpoints note
+        self.site = site
         self.dtype = dtype
         # Not `str(Path(name))`, which would make a hub id of "./name".
         home = Path(name).expanduser() if name.startswith("~") else name
         self._path = str(FOLDER if name == "quickstart" else home)
         self._revision = revision or "main"
-        self._stream: ResidualStream | None = None
+        self._streams: list[ResidualStream] = []
         self._shards: dict[Path, Shards] = {}
 
     def __str__(self) -> str:
-        return f"model_name={self.name!r}, layer={self.layer}, model_dtype={self.dtype!r}"
+        site = "" if self.site == "resid_post" else f"site={self.site!r}, "
+        return f"model_name={self.name!r}, layer={self.layer}, {site}model_dtype={self.dtype!r}"
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -84,16 +94,18 @@ class FrozenModel(ABC):
             UsageError: If there is no such model, or it has no such layer.
         """
         config = self._config_read(self._config_saved)
-        check_layer(config, self.layer)
+        for layer, _ in self._pairs:
+            check_layer(config, layer)
         return config
 
     @property
     def description(self) -> dict[str, Any]:
-        """What an activation is: the model by its name and its weights, the layer and the dtype."""
+        """What an activation is: the model, by name and weights, the layer, the site, the dtype."""
         return {
             "model_name": self.name,
             "weights": self.fingerprint,
             "layer": self.layer,
+            "site": self.site,
             "model_dtype": self.dtype,
         }
 
@@ -107,33 +119,41 @@ class FrozenModel(ABC):
         try:
             _ = self._config_saved  # first, so that the cache of the hub has it
         except UsageError:
-            device = torch.device("cpu") if self._stream is None else self._stream.device
+            device = self._streams[0].device if self._streams else torch.device("cpu")
             return weights_fingerprint(self.residual_stream(device).model.state_dict())
         return model_fingerprint(self._path, self._revision)
 
     @property
-    def names_elsewhere(self) -> dict[str, str | None]:
+    def names_elsewhere(self) -> dict[str, Any]:
         """What others call the model and the layer.
 
         Returns:
             `model_revision`: branch, tag or commit on the hub, None for a folder; `hook_name`: the
-            path of the module whose output is read, None before the model is loaded;
-            `transformer_lens_hook_name`: None if the layer is named by its path.
+            path of the module whose output is read, None before the model is loaded, or where it is
+            the input; `transformer_lens_hook_name`: None if the layer is named by its path. The
+            latter two are lists where there are several sites.
         """
-        block = isinstance(self.layer, int)
+        paths = [None if each.before else each.path for each in self._streams]
+        theirs = [hook_name_of(*pair) for pair in self._pairs]
+        several = len(self._pairs) > 1
         return {
             "model_revision": None if Path(self._path).is_dir() else self._revision,
-            "hook_name": None if self._stream is None else self._stream.path,
-            "transformer_lens_hook_name": f"blocks.{self.layer}.hook_resid_post" if block else None,
+            "hook_name": (paths or None) if several else next(iter(paths), None),
+            "transformer_lens_hook_name": theirs if several else theirs[0],
         }
 
     @property
-    def d_model(self) -> int:
-        """Width of the residual stream, known without any weights."""
-        return int(self.config.get_text_config().hidden_size)
+    def widths(self) -> list[int]:
+        """The width of each of the sites, known without any weights."""
+        return [width_of(self.config, site) for _, site in self._pairs]
 
-    def residual_stream(self, device: torch.device) -> ResidualStream:
-        """Return the layer on this device; the first call loads the weights.
+    @property
+    def d_model(self) -> int:
+        """Width of the activations: of all sites together."""
+        return sum(self.widths)
+
+    def residual_stream(self, device: torch.device) -> ResidualStream | SeveralSites:
+        """Return the layer, or all of the sites, on this device; the first call loads the weights.
 
         Raises:
             UsageError: If there are no weights in safetensors files.
@@ -141,13 +161,13 @@ class FrozenModel(ABC):
         # Weights made or moved in inference mode, which `Trainer.test` runs in, could not be
         # differentiated through in a later `fit`.
         with _LOADING, torch.inference_mode(mode=False):
-            if self._stream is None:
+            if not self._streams:
                 model = self.load().eval().requires_grad_(requires_grad=False)
-                self._stream = ResidualStream(model, self.layer)
-            if self._stream.device != device:
-                moved: nn.Module = self._stream.model
+                self._streams = [ResidualStream(model, *pair) for pair in self._pairs]
+            if self._streams[0].device != device:
+                moved: nn.Module = self._streams[0].model
                 moved.to(device)
-        return self._stream
+        return self._streams[0] if len(self._streams) == 1 else SeveralSites(self._streams)
 
     def reader(
         self,
@@ -192,7 +212,9 @@ class FrozenModel(ABC):
     def cache_folder(self, cache_dir: str, cache_dtype: Dtype | None = None) -> Path:
         """Return where activations are kept: their model, layer and dtype are in its name."""
         as_kept = "" if cache_dtype is None else f"-as-{cache_dtype}"
-        name = f"{Path(self.name).name}-layer-{self.layer}-{self.dtype}-{self.fingerprint}{as_kept}"
+        where = str(self.layer) if self.site == "resid_post" else f"{self.layer}-{self.site}"
+        where = "".join(each for each in where if each not in "[]' ")  # of lists
+        name = f"{Path(self.name).name}-layer-{where}-{self.dtype}-{self.fingerprint}{as_kept}"
         return Path(cache_dir).expanduser() / name
 
     def write_caches(self) -> None:

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_sae.checks import (
-    UsageError,
-    require_choice,
-    require_not_negative,
-    require_positive,
-)
+from lightning_sae.checks import UsageError, require_choice, require_not_negative, require_positive
 from lightning_sae.data.blocks import NumberedInputs, of_length
 from lightning_sae.data.cache import ActivationCache
 from lightning_sae.data.filling import CacheNeeds
@@ -26,6 +21,7 @@ from lightning_sae.data.frozen_model import Dtype, FrozenModel
 from lightning_sae.data.stream import ActivationStream
 from lightning_sae.data.stream_datamodule import StreamDataModule
 from lightning_sae.residual_stream import ResidualStream
+from lightning_sae.several_sites import SeveralSites
 
 __all__ = ["FrozenModelDataModule"]
 
@@ -35,13 +31,10 @@ keeps it."""
 
 
 class FrozenModelDataModule(StreamDataModule):
-    """Activations of one layer of a frozen model: endless, shuffled, resumable.
+    """Activations of a frozen model at a layer, or several: endless, shuffled, resumable.
 
-    Training batches are tensors (tokens, d_model), float32: `batch_size` tokens over all devices.
-    The stream never ends (give the Trainer `max_steps`) and is a function of the arguments
-    alone: it does not depend on the number of devices, a fit starts at its beginning, and one that
-    is resumed from a checkpoint goes on bit for bit where it was. Validation, test and prediction
-    batches are `HeldOutBatch` dictionaries of inputs that are never trained on.
+    Batches are those of `StreamDataModule`. Several sites are read in one pass of the model: their
+    activations are beside each other, as wide as `widths` says.
 
     A data source of one's own is a subclass: `positions_per_input`, `train_inputs` and
     `held_out_inputs` are all that it must have. It may say which positions count (`kept`,
@@ -230,8 +223,13 @@ class FrozenModelDataModule(StreamDataModule):
         return self.model.name
 
     @property
+    def widths(self) -> list[int]:
+        """The width of each of the sites that are read."""
+        return self.model.widths
+
+    @property
     def d_model(self) -> int:
-        """Width of the residual stream, known without loading any weights.
+        """Width of the activations, of all sites together, known without loading any weights.
 
         Raises:
             UsageError: If there is no such model, or it has no such layer.
@@ -252,8 +250,8 @@ class FrozenModelDataModule(StreamDataModule):
         return super().describe() | self.model.names_elsewhere
 
     @property
-    def residual_stream(self) -> ResidualStream:
-        """The layer of the frozen model, on the trainer's device; loaded at first use."""
+    def residual_stream(self) -> ResidualStream | SeveralSites:
+        """The layer or sites of the frozen model, on the trainer's device; loaded at first use."""
         return self.model.residual_stream(self._device)
 
     @property

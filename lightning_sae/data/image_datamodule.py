@@ -13,6 +13,7 @@ from lightning_sae.data.frozen_model import Dtype
 from lightning_sae.data.frozen_model_datamodule import FrozenModelDataModule
 from lightning_sae.data.images import decode, load_images
 from lightning_sae.data.vision_model import VisionModel
+from lightning_sae.sites import Layers, Sites
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,9 +34,11 @@ class ImageActivationDataModule(FrozenModelDataModule):
         model_name: Vision transformer to read: a Hugging Face hub id or a folder. Its own image
             processor resizes and normalizes the images.
         layer: Block whose output is read, from 0, or the path of a module, as in
-            `model.named_modules()`.
+            `model.named_modules()`. A list: several, whose activations are beside each other.
         images: Images to read it on: a Hugging Face hub data set, a folder of image files, or
             parquet files with a column of images.
+        site: What of the block is read: the residual stream after it, or another of
+            `lightning_sae.sites.Site`. A list: several, each of each layer.
         model_revision: Branch, tag or commit of the model on the hub.
         images_config: Configuration of the data set, where it has several.
         images_column: Column that holds the images.
@@ -77,9 +80,10 @@ class ImageActivationDataModule(FrozenModelDataModule):
     def __init__(
         self,
         model_name: str,
-        layer: int | str,
+        layer: Layers,
         images: str,
         *,
+        site: Sites = "resid_post",
         model_revision: str | None = None,
         images_config: str | None = None,
         images_column: str = "image",
@@ -99,7 +103,7 @@ class ImageActivationDataModule(FrozenModelDataModule):
     ) -> None:
         require_positive(held_out_images=held_out_images)
         super().__init__(
-            VisionModel(model_name, layer, revision=model_revision, dtype=model_dtype),
+            VisionModel(model_name, layer, site=site, revision=model_revision, dtype=model_dtype),
             batch_size=batch_size,
             batches_per_block=batches_per_block,
             model_batch_size=model_batch_size,

@@ -62,7 +62,7 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any], resumed: bool, so
 
 
 def require_same_activations(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another layer, dtype or other weights, where it notes them.
+    """Refuse a checkpoint of another layer, site, dtype or other weights, where it notes them.
 
     Args:
         now: What activations are, as `StreamDataModule.description` says.
@@ -71,7 +71,9 @@ def require_same_activations(now: Mapping[str, Any], before: Mapping[str, Any]) 
     Raises:
         UsageError: If they are others.
     """
-    for name in ("layer", "model_dtype"):
+    if "layer" in before:
+        before = {"site": "resid_post", **before}  # of one that does not say, there was no other
+    for name in ("layer", "site", "model_dtype"):
         if name in before and name in now and now[name] != before[name]:
             raise UsageError(
                 f"{name}={now[name]!r}: the checkpoint was trained on {before[name]!r}"

@@ -15,12 +15,13 @@ from lightning_sae.data.frozen_model_datamodule import FrozenModelDataModule
 from lightning_sae.data.language_model import LanguageModel
 from lightning_sae.data.packer import Packer
 from lightning_sae.data.text import load_documents
+from lightning_sae.sites import Layers, Sites
 
 __all__ = ["ActivationDataModule"]
 
 
 class ActivationDataModule(FrozenModelDataModule):
-    """Activations of one layer of a language model: endless, shuffled, resumable.
+    """Activations of a language model at a layer, or at several: endless, shuffled, resumable.
 
     Training batches are tensors (tokens, d_model), float32: `batch_size` tokens over all devices.
     The stream never ends (give the Trainer `max_steps`) and is a function of the arguments
@@ -36,7 +37,9 @@ class ActivationDataModule(FrozenModelDataModule):
         model_name: Language model to read: a Hugging Face hub id, a folder, or "quickstart", the
             small one in this package.
         layer: Block whose output is read, from 0, or the path of a module, as in
-            `model.named_modules()`.
+            `model.named_modules()`. A list: several, whose activations are beside each other.
+        site: What of the block is read: the residual stream after it, or another of
+            `lightning_sae.sites.Site`. A list: several, each of each layer.
         model_revision: Branch, tag or commit of the model on the hub.
         text: Text to read it on: a Hugging Face hub data set, a .txt, .json, .jsonl or .parquet
             file, compressed or not, a folder of such, or "quickstart", the sample in this package.
@@ -83,8 +86,9 @@ class ActivationDataModule(FrozenModelDataModule):
     def __init__(
         self,
         model_name: str = "quickstart",
-        layer: int | str = 2,
+        layer: Layers = 2,
         *,
+        site: Sites = "resid_post",
         model_revision: str | None = None,
         text: str = "quickstart",
         text_config: str | None = None,
@@ -111,7 +115,7 @@ class ActivationDataModule(FrozenModelDataModule):
             context_length, validation_tokens=validation_tokens, test_tokens=test_tokens
         )
         super().__init__(
-            LanguageModel(model_name, layer, revision=model_revision, dtype=model_dtype),
+            LanguageModel(model_name, layer, site=site, revision=model_revision, dtype=model_dtype),
             batch_size=batch_size,
             batches_per_block=batches_per_block,
             model_batch_size=model_batch_size,

@@ -7,7 +7,6 @@ written for one that `lightning_sae.interop.saelens_adapter` registers there.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
 from lightning_sae.interop.folded import RELATIVE, FoldedSAE, without_gates
+from lightning_sae.sites import site_of
 from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["download", "read", "run", "write"]
@@ -58,7 +58,8 @@ def write(folded: FoldedSAE, folder: Path) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": UNIT_LENGTH if folded.unit_length else "none",
-        "reshape_activations": "none",
+        # Heads beside each other, as they are here; there they come one by one.
+        "reshape_activations": "hook_z" if _hook_name(folded).endswith("_z") else "none",
         "metadata": _metadata(folded),
     }
     save_tensors(tensors, folder / WEIGHTS)
@@ -134,6 +135,7 @@ def run(folder: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
 
     saelens_adapter.register()
     sae = saelens_adapter.load(folder)
+    sae.turn_off_forward_pass_hook_z_reshaping()  # what it is given here is not a head at a time
 
     @torch.no_grad()
     def encode_and_decode(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +150,7 @@ def _gate(config: dict[str, Any]) -> Gate:
     normalization = config.get("normalize_activations")
     if normalization not in (None, "none", UNIT_LENGTH):
         raise UsageError(f"normalize_activations={normalization!r} of {CONFIG} is not read")
-    if config.get("reshape_activations") not in (None, "none"):
+    if config.get("reshape_activations") not in (None, "none", "hook_z"):
         raise UsageError(f"reshape_activations={config['reshape_activations']!r} is not read")
     if architecture == "topk":
         return Gate(k=int(config["k"]))
@@ -157,6 +159,10 @@ def _gate(config: dict[str, Any]) -> Gate:
     if architecture == "standard":
         return Gate()
     raise UsageError(f"architecture={architecture!r} of {CONFIG} is not read")
+
+
+def _hook_name(folded: FoldedSAE) -> str:
+    return str(folded.record.get("trained_on", {}).get("transformer_lens_hook_name"))
 
 
 def _metadata(folded: FoldedSAE) -> dict[str, Any]:
@@ -188,9 +194,8 @@ def _record(metadata: dict[str, Any]) -> dict[str, Any]:
         "dataset_path": "text",
     }
     trained_on = {ours: metadata[name] for name, ours in names.items() if metadata.get(name)}
-    block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
-    if block:
-        trained_on["layer"] = int(block[1])
+    if (found := site_of(str(metadata.get("hook_name")))) is not None:
+        trained_on["layer"], trained_on["site"] = found
     measured = {"l0": float(metadata["l0"])} if metadata.get("l0") else {}
-    found = {"trained_on": trained_on, "measured": measured}
-    return {name: value for name, value in found.items() if value}
+    known = {"trained_on": trained_on, "measured": measured}
+    return {name: value for name, value in known.items() if value}

@@ -136,6 +136,9 @@ def watched(stream: ResidualStream) -> Iterator[Run]:
     """Keep what the model is given up to date in a `Run`, for runs in this thread."""
     model, names = stream.model, stream.path.split(".")[:-1]
     paths = [".".join(names[:end]) for end in range(len(names) + 1)]
+    # Blocks and what is in them are given caches that have the new tokens by then.
+    lists = (isinstance(model.get_submodule(path), nn.ModuleList) for path in paths)
+    paths = paths[: next((place for place, each in enumerate(lists) if each), len(paths))]
     if getattr(model.config, "is_encoder_decoder", False):
         paths = paths[1:]  # the whole is given what another part of it reads
     run = Run({})

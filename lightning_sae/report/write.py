@@ -25,6 +25,7 @@ from lightning_sae.report.table import write_tables
 from lightning_sae.report.token_texts import token_texts
 from lightning_sae.residual_stream import ResidualStream
 from lightning_sae.sae import SparseAutoencoder
+from lightning_sae.several_sites import SeveralSites
 
 __all__ = ["Split", "report_of", "write_report"]
 
@@ -73,7 +74,7 @@ def report_of(
     firings = collect(sae, tqdm(batches, desc="Reading", unit="batch"), device=sae.device)
     nearest, cosines = nearest_features(directions)
     return FeatureReport(
-        title=f"{type(sae).__name__} on layer {data.model.layer} of {Path(data.model_name).name}",
+        title=f"{type(sae).__name__} on {_where(data)} of {Path(data.model_name).name}",
         about={
             "Settings": _named(SETTINGS, dict(sae.hparams)),
             "Trained on": _named(ACTIVATIONS, sae.record.get("trained_on", {})),
@@ -112,12 +113,22 @@ def write_report(report: FeatureReport, output: str | Path) -> list[Path]:
     return [output, features, examples]
 
 
-def _lens(stream: ResidualStream, directions: Tensor) -> LogitLens | None:
-    """Return what directions do in a model's output; None if it has none, or no last block."""
+def _lens(stream: ResidualStream | SeveralSites, directions: Tensor) -> LogitLens | None:
+    """Return what directions do in a model's output; None if it has none, or no last block.
+
+    They do something where they are in the residual stream, or are added to it.
+    """
+    if not (isinstance(stream, ResidualStream) and stream.site in ("resid_post", "mlp_out")):
+        return None
     try:
         return logit_lens(stream, directions) if stream.is_causal_language_model else None
     except UsageError:  # its blocks cannot be told, and the layer was named by its path
         return None
+
+
+def _where(data: ActivationDataModule) -> str:
+    site = data.model.site
+    return f"layer {data.model.layer}" + ("" if site == "resid_post" else f" ({site})")
 
 
 def _named(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:

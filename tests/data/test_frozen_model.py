@@ -190,3 +190,52 @@ def test_files_are_hashed_once(model_folder, monkeypatch):
 def test_it_says_what_it_is():
     model = frozen_model("quickstart", dtype="bfloat16")
     assert str(model) == "model_name='quickstart', layer=1, model_dtype='bfloat16'"
+
+
+def test_several_sites_are_read_in_one_pass_beside_each_other(model_folder, tmp_path):
+    ids = torch.arange(6).view(2, 3)
+    model = LanguageModel(str(model_folder), [2, 0], site=["resid_post", "z"])
+    alone = [
+        LanguageModel(str(model_folder), layer, site=site)
+        for layer in (2, 0)
+        for site in ("resid_post", "z")
+    ]
+    assert model.widths == [D_MODEL] * 4
+    assert model.d_model == 4 * D_MODEL
+    expected = torch.cat([each.residual_stream(CPU).read(ids) for each in alone], -1)
+    assert torch.equal(model.read(ids, CPU), expected)
+    cached = model.reader(CPU, str(tmp_path))
+    assert torch.equal(cached(ids), expected)
+    model.write_caches()
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith(f"{model_folder.name}-layer-2,0-resid_post,z-float32-")
+    found = LanguageModel(str(model_folder), [2, 0], site=["resid_post", "z"])
+    assert torch.equal(found.reader(CPU, str(tmp_path))(ids), expected)
+    assert not found._streams
+
+
+def test_others_names_of_sites_are_the_right_ones_or_none(model_folder):
+    def names(layer, site):
+        model = LanguageModel(str(model_folder), layer, site=site)
+        model.residual_stream(CPU)
+        found = model.names_elsewhere
+        return found["hook_name"], found["transformer_lens_hook_name"]
+
+    assert names(1, "resid_post") == ("transformer.h.1", "blocks.1.hook_resid_post")
+    assert names(1, "mlp_out") == ("transformer.h.1.mlp", "blocks.1.hook_mlp_out")
+    assert names(1, "z") == (None, "blocks.1.attn.hook_z")
+    assert names("transformer.h.1", "mlp_out") == ("transformer.h.1.mlp", None)
+    assert names(1, ["mlp_in", "mlp_out"]) == (
+        [None, "transformer.h.1.mlp"],
+        ["blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"],
+    )
+
+
+def test_the_site_is_part_of_what_an_activation_is(model_folder):
+    model = LanguageModel(str(model_folder), 1, site="z")
+    assert model.description["site"] == "z"
+    assert str(model) == f"model_name={str(model_folder)!r}, layer=1, site='z', " + (
+        "model_dtype='float32'"
+    )
+    with pytest.raises(UsageError, match=r"^layer=9 is out of range: .* has layers 0 to 2$"):
+        _ = LanguageModel(str(model_folder), [1, 9]).config

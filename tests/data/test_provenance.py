@@ -46,6 +46,15 @@ def test_what_has_to_be_read_in_order_has_none():
     assert fingerprint(iter(INPUTS)) is None
 
 
+def test_a_checkpoint_that_notes_no_site_is_of_the_residual_stream():
+    now, before = noted(), noted()
+    now["activations"]["site"] = "resid_post"
+    compare(now, before, resumed=True, source="text='a.txt'")
+    now["activations"]["site"] = "z"
+    with pytest.raises(UsageError, match=r"^site='z': the checkpoint was trained on 'resid_post'$"):
+        compare(now, before, resumed=False, source="text='a.txt'")
+
+
 @pytest.mark.parametrize("resumed", [True, False])
 @pytest.mark.parametrize(
     ("changed", "message"),

@@ -346,3 +346,13 @@ def test_its_description_says_which_tokens_are_special(make):
     later = batch["input_ids"][:, 1:]
     assert special == [0]
     assert torch.equal(batch["kept"][:, 1:], ~torch.isin(later, torch.tensor(special)))
+
+
+def test_batches_of_several_sites_are_those_of_each_beside_each_other(make):
+    both = make(layer=[1, 2], site=["mlp_in", "mlp_out"])
+    assert both.widths == [D_MODEL] * 4
+    alone = [make(layer=layer, site=site) for layer in (1, 2) for site in ("mlp_in", "mlp_out")]
+    found, *each = ([b["activations"] for b in take(one, 6)] for one in (both, *alone))
+    assert same(found, [torch.cat(rows, -1) for rows in zip(*each, strict=True)])
+    (batch,) = itertools.islice(both.val_dataloader(), 1)
+    assert batch["activations"].shape == (int(batch["kept"].sum()), 4 * D_MODEL)

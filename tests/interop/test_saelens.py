@@ -53,6 +53,20 @@ def test_what_is_known_goes_with_it(tmp_path: Path):
     torch.testing.assert_close(folded.density, sae.history.density, rtol=1e-4, atol=1e-9)
 
 
+def test_heads_are_put_beside_each_other_there(tmp_path: Path):
+    sae = trained("topk")
+    sae.record = {"trained_on": {"layer": 3, "site": "z", "model_name": "someone/model"}}
+    sae.record["trained_on"]["transformer_lens_hook_name"] = "blocks.3.attn.hook_z"
+    assert_same(sae, there_and_back(sae, "saelens", tmp_path))
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["reshape_activations"] == "hook_z"
+    del config["metadata"]["lightning_sae"]  # as in a file of SAELens
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert load_foreign(f"saelens:{tmp_path}").record["trained_on"] == sae.record["trained_on"] | {
+        "transformer_lens_hook_name": "blocks.3.attn.hook_z"
+    }
+
+
 def test_gated_saes_are_read(tmp_path: Path):
     """By the formula of its encoder, written out."""
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +141,7 @@ def test_topk_that_ranks_by_codes_times_lengths_is_read_and_no_other(tmp_path: P
 
 
 UNREAD = {"architecture": "temporal", "normalize_activations": "layer_norm"}
-UNREAD |= {"reshape_activations": "hook_z"}
+UNREAD |= {"reshape_activations": "hook_q"}
 
 
 @pytest.mark.parametrize(("name", "value"), UNREAD.items())

@@ -90,6 +90,23 @@ def test_generation_is_what_a_loop_without_a_cache_gives(stream, padding, cached
     torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("site", ["mlp_out", "z", "by its path"])
+def test_a_site_within_a_block_is_changed_on_the_same_tokens(stream, site):
+    """Its block is given a cache that has the new tokens by then."""
+    if site == "by its path":
+        stream = ResidualStream(stream.model, f"{stream.path}.mlp")
+    else:
+        stream = ResidualStream(stream.model, LAYER, site)
+    ids, sae = ids_of(), sae_of(stream)
+    where = (torch.arange(20) % 3 == 1).expand(2, 20)
+    with splice(stream, sae, where=where):
+        found, logits = generated(stream, ids)
+    mask = torch.ones_like(ids)
+    expected, theirs = greedy(stream, sae, ids, mask, 6, lambda ids, _: where[:, : ids.shape[1]])
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_named_tokens_are_those_of_the_whole_text(stream):
     ids, mask = ids_of(), torch.tensor(MASKS["left"])
     sae = sae_of(stream)

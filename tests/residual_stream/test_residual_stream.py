@@ -119,7 +119,7 @@ def test_blocks_that_return_tuples(model, input_ids):
     stream = ResidualStream(model, 1)
     inner = InTuple(blocks(model)[1])
     blocks(model)[1] = OutOfTuple(inner)
-    stream._block = inner
+    stream._module = inner
     assert torch.equal(stream.read(input_ids), expected)
     assert torch.equal(stream.replace(input_ids, lambda x: x), clean)
     assert not torch.equal(stream.replace(input_ids, lambda x: 2 * x), clean)
