@@ -85,8 +85,9 @@ class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningMod
         """
         upgrade(checkpoint)
         # A ModelParallelStrategy has loaded the weights by now, and taken them out.
-        weight = checkpoint.get("state_dict", self.state_dict()).get("decoder.weight")
-        if getattr(weight, "ndim", 0) != 2:
+        state = checkpoint.get("state_dict", self.state_dict())
+        weight = state.get("encoder.weight")  # of a transcoder the decoder's has another width
+        if weight is None or weight.ndim != 2 or "decoder.weight" not in state:
             raise UsageError("the checkpoint holds no SAE: it has no matrix decoder.weight")
         features, width = weight.shape
         name = checkpoint.get("architecture", "an unnamed architecture")

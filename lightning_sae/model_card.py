@@ -35,6 +35,7 @@ ACTIVATIONS: Final = {
 }
 SETTINGS: Final = {
     "d_model": "width of the activations",
+    "d_target": "width of what is reconstructed",
     "n_features": "features",
     "k": "expected matches per token (k)",
     "l1_coefficient": "weight of the L1 penalty",

@@ -7,13 +7,25 @@ from lightning_sae.architectures.loaded import load
 from lightning_sae.architectures.mutual_choice import MutualChoiceSAE
 from lightning_sae.architectures.standard import StandardSAE
 from lightning_sae.architectures.topk import TopKSAE
+from lightning_sae.architectures.transcoder import (
+    FeatureChoiceTranscoder,
+    JumpReLUTranscoder,
+    MutualChoiceTranscoder,
+    TopKTranscoder,
+    Transcoder,
+)
 
 __all__ = [
     "FeatureChoiceSAE",
+    "FeatureChoiceTranscoder",
     "GatedSAE",
     "JumpReLUSAE",
+    "JumpReLUTranscoder",
     "MutualChoiceSAE",
+    "MutualChoiceTranscoder",
     "StandardSAE",
     "TopKSAE",
+    "TopKTranscoder",
+    "Transcoder",
     "load",
 ]

@@ -94,7 +94,7 @@ class AdaptiveComputationCallback(HeldOutCallback):
         hardness = {
             "surprise": losses[:, :-1][inner],
             "next_loss": losses[:, 1:][inner],
-            "distance": (x - sae.input_mean).norm(dim=1),
+            "distance": (x[:, : len(sae.input_mean)] - sae.input_mean).norm(dim=1),
         }
         for name, each in hardness.items():
             self._correlations[name].to(x.device).update(matches, each)

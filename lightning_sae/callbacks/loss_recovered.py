@@ -12,6 +12,7 @@ from lightning_sae.metrics import LossRecovered
 from lightning_sae.metrics.loss_recovered import ablated_losses
 from lightning_sae.parallel import Ranks
 from lightning_sae.residual_stream import ResidualStream
+from lightning_sae.several_sites import SeveralSites
 
 
 class LossRecoveredCallback(HeldOutCallback):
@@ -44,7 +45,10 @@ class LossRecoveredCallback(HeldOutCallback):
 
     def measure(self, sae: Any, residual_stream: ResidualStream, batch: Mapping[str, Any]) -> None:
         """Run the language model on a batch, as it is, spliced and ablated."""
-        ids, kept, mean = batch["input_ids"], batch["kept"], sae.input_mean
+        ids, kept = batch["input_ids"], batch["kept"]
+        mean = getattr(sae, "mean_activation", sae.input_mean)  # of a transcoder: its target's too
+        if isinstance(residual_stream, SeveralSites) and mean is sae.input_mean:
+            return  # an SAE of all of them, which cannot be put in place of the first and the last
         known = known_of(batch)
         ablated = self.remembered(
             lambda: ablated_losses(residual_stream, ids, kept, mean, **known),

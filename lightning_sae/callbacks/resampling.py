@@ -87,6 +87,11 @@ class ResampleDeadFeatures(Callback):
         self._sae = sae = find_sae(pl_module, "history", "decoder", "ordinary", of=self)
         if sae is None:
             return
+        if hasattr(sae, "d_target"):
+            raise UsageError(
+                f"ResampleDeadFeatures cannot be used with {type(sae).__name__}, whose directions "
+                "are not of its inputs: remove it from trainer.callbacks"
+            )
         rows = (sae.n_features,)
         stale = [
             name

@@ -4,6 +4,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -138,7 +139,10 @@ class SparseAutoencoderCLI(LightningCLI):
             default="highest",
             help="As torch.set_float32_matmul_precision: with `high`, a GPU computes in TF32.",
         )
-        parser.link_arguments("data.d_model", "model.init_args.d_model", apply_on="instantiate")
+        widths = {"d_model": 0, "d_target": -1}  # the latter of transcoders
+        for name, place in widths.items():
+            to, which = f"model.init_args.{name}", itemgetter(place)
+            parser.link_arguments("data.widths", to, compute_fn=which, apply_on="instantiate")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -111,9 +111,10 @@ def _data_of(sae: SparseAutoencoder, path: str, said: dict[str, int | str]) -> A
         )
     data = ActivationDataModule(**settings)
     compare(data.state_dict(), {"activations": trained_on}, resumed=False, source=data.source)
-    if data.d_model != sae.d_model:
+    target = getattr(sae, "d_target", None)
+    if data.widths != [sae.d_model] + ([] if target is None else [target]):
         raise UsageError(
             f"{data.model} gives activations {data.d_model} wide, and ckpt_path={path} is for "
-            f"those {sae.d_model} wide"
+            f"those {sae.d_model + (target or 0)} wide"
         )
     return data

@@ -215,15 +215,16 @@ class Autoencoder(NestedDictionary, ABC):
         x = x.reshape(-1, x.shape[-1])
         if self.training:
             self.prepare(x)
-        scaled = self.scaled(x)
         massive = self._massive(x)
         leave_out = self.training and self.max_norm_multiple is not None
-        scaled = scaled[~massive] if leave_out else scaled
+        x = x[~massive] if leave_out else x
+        scaled = self.scaled(x)
+        whole, target = self.targets(x, scaled)
         scores = self.scores(scaled)
         with self._choosing():
             choice = self.choose(scores) if self.training else Choice(self.choose_per_token(scores))
         matches = self.matches_of(scaled, choice.matches)
-        *_, error = errors = self.errors(scaled, matches)
+        *_, error = errors = self.errors(target, matches)
         mean = torch.stack([reconstruction_loss(each) for each in errors]).mean()
         terms = {"reconstruction_loss": mean}
         if self.training:
@@ -232,7 +233,7 @@ class Autoencoder(NestedDictionary, ABC):
         loss = torch.stack(list(terms.values())).sum()
         means = {"loss": loss, **terms, "massive_fraction": massive.sum() / max(1, len(scaled))}
         ranks = self.layout.ranks if self.training else None
-        stats = batch_statistics(means, matches, scaled, error, ranks)
+        stats = batch_statistics(means, matches, whole, error, ranks)
         if leave_out:  # so far for each token that is left
             stats["massive_fraction"] /= 1 + stats["massive_fraction"]
         if ranks is not None:

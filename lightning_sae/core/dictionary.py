@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,7 @@ class Dictionary(ScaledInputs):
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
-        normalize_inputs: Whether one scale serves all tokens, or each is brought to the same norm:
-            `lightning_sae.core.input_scaling.NormalizeInputs`.
+        normalize_inputs: `lightning_sae.core.input_scaling.NormalizeInputs`.
 
     Attributes:
         decoder: Directions and origin: `weight` (n_features, d_model), `bias` (d_model,).
@@ -55,6 +54,7 @@ class Dictionary(ScaledInputs):
 
     # Private in name: torch writes it into every state dict, also a parent's, as its docs say.
     _version = FORMAT
+    replicated: ClassVar = frozenset({"decoder.bias"})  # parameters that have no row a feature
     initialized: Tensor
 
     def __init__(
@@ -66,8 +66,7 @@ class Dictionary(ScaledInputs):
         self.layout = Layout.on_one_device(n_features)
         self.decoder = Decoder(d_model, n_features)
         self.encoder = nn.Linear(d_model, n_features)
-        # tied at the start: Gao et al. 2024, section 2.4
-        self.encoder.weight.data.copy_(self.decoder.weight.data)
+        self.encoder.weight.data.copy_(self.decoder.weight.data)  # Gao et al. 2024, section 2.4
         self.encoder.bias.data.zero_()
         self.register_buffer("initialized", torch.tensor(False))
         self._gradient_form = GradientForm()
@@ -85,6 +84,11 @@ class Dictionary(ScaledInputs):
         """The origin of the codes in scaled activations, `decoder.bias`, shape (d_model,)."""
         return self.decoder.bias
 
+    @property
+    def encoder_origin(self) -> Tensor:
+        """What is subtracted from scaled activations before they are encoded, shape (d_model,)."""
+        return self.decoder.bias
+
     def share_out(self, mesh: DeviceMesh) -> None:
         """Keep the parameters of some features only: each process of a mesh has its own.
 
@@ -99,7 +103,7 @@ class Dictionary(ScaledInputs):
         """
         if self.layout.share.mesh is None:
             self.layout = Layout.on_mesh(self.n_features, mesh)
-            distribute(self, self.layout.share, replicated=frozenset({"decoder.bias"}))
+            distribute(self, self.layout.share, self.replicated)
             self._gradient_form.watch(self.encoder.weight, self.decoder.weight)
 
     @torch.no_grad()
@@ -226,7 +230,7 @@ class Dictionary(ScaledInputs):
         """Return matches whose values, chosen without autograd, have the encoder's gradient."""
         share = self.layout.share
         with torch.autocast(scaled.device.type, enabled=False):
-            bias, origin = wide_rows(self.encoder.bias, self.decoder.bias)
+            bias, origin = wide_rows(self.encoder.bias, self.encoder_origin)
             x, origin = share.fan_out(scaled, origin)
             own, weight = share.own(matches), local(self.encoder.weight)
             in_parts = self._gradient_form.may_come_in_parts(self.encoder.weight)
@@ -249,8 +253,7 @@ class Dictionary(ScaledInputs):
         """Add up the directions (tokens, d_model) that matches stand for, without the origin.
 
         Stored rows have unit norm between steps; that their directions are added up makes it true
-        in any training loop, and keeps the gradient of each row orthogonal to it. The decoder has
-        none where it is `frozen`.
+        in any training loop, and the gradient of each row orthogonal to it. `frozen`: it has none.
         """
         share = self.layout.share
         with torch.autocast(matches.value.device.type, enabled=False):
@@ -288,7 +291,7 @@ class Dictionary(ScaledInputs):
 
     def _encoder(self) -> tuple[Tensor, ...]:
         """Return weight, bias and origin of the encoder, of the features here."""
-        return wide_rows(self.encoder.weight, self.encoder.bias, self.decoder.bias)
+        return wide_rows(self.encoder.weight, self.encoder.bias, self.encoder_origin)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook the parameters of a copy: copying and pickling leave hooks of tensors out."""

@@ -64,10 +64,18 @@ class ScaledInputs(ExactBuffers):
         self._check_width(x)
         parameter = next(self.parameters(), x)
         x = x.to(torch.promote_types(parameter.dtype, torch.float32))
-        return x * self.scales(x)
+        return x * self.input_scales(x)
 
     def scales(self, like: Tensor | None = None) -> Tensor:
-        """Return the factors of tokens: divide by them to come back to the units of activations.
+        """Return what reconstructions are divided by to be in the units of activations.
+
+        Args:
+            like: As for `input_scales`, which this is where activations reconstruct themselves.
+        """
+        return self.input_scales(like)
+
+    def input_scales(self, like: Tensor | None = None) -> Tensor:
+        """Return the factors of tokens, by which their activations are multiplied.
 
         Args:
             like: The activations, shape (..., d_model); needed only if each token is normalised.
@@ -117,7 +125,7 @@ class ScaledInputs(ExactBuffers):
         self.input_scale.copy_(scale)
         if self.normalize_inputs == "average":
             return mean * scale
-        return mean_and_variance(x * self.scales(x), ranks)[0]
+        return mean_and_variance(x * self.input_scales(x), ranks)[0]
 
     @property
     def _typical_norm(self) -> Tensor:

@@ -58,21 +58,30 @@ class NestedDictionary(Dictionary):
         """
         return None
 
-    def errors(self, scaled: Tensor, matches: Matches) -> list[Tensor]:
+    def targets(self, x: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is to be reconstructed of activations, and what of it matches are to.
+
+        Args:
+            x: Activations, shape (tokens, d_model).
+            scaled: The same, scaled: which by default are both of them.
+        """
+        return scaled, scaled
+
+    def errors(self, target: Tensor, matches: Matches) -> list[Tensor]:
         """Return what each dictionary leaves of activations, (tokens, d_model); the last is whole.
 
         Costs what `reconstruct` does, but for sums of vectors: each match is decoded once.
 
         Args:
-            scaled: Scaled activations, shape (tokens, d_model).
+            target: What matches are to reconstruct, scaled, shape (tokens, d_model).
             matches: Those of their tokens.
         """
         if not self.prefixes:
-            return [scaled - self.reconstruct(matches)]
+            return [target - self.reconstruct(matches)]
         parts = self.sum_directions(split(matches, self.prefixes, self.prefix_order()))
         (origin,) = wide_rows(self.decoder.bias)
-        parts = parts.view(len(scaled), len(self.prefixes) + 1, self.d_model)
-        errors = [scaled - origin]
+        parts = parts.view(len(target), len(self.prefixes) + 1, len(origin))
+        errors = [target - origin]
         for part in parts.unbind(1):
             errors.append(errors[-1] - part)
         return errors[1:]

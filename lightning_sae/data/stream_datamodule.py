@@ -81,6 +81,11 @@ class StreamDataModule(KeepsPlace, ABC):
         """Width of the activations."""
 
     @property
+    def widths(self) -> list[int]:
+        """The width of each of the sites that are read, whose activations are beside each other."""
+        return [self.d_model]
+
+    @property
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What the activations are, as JSON has it; a checkpoint of others is refused."""

@@ -17,6 +17,7 @@ from lightning_sae.architectures import (
     MutualChoiceSAE,
     StandardSAE,
     TopKSAE,
+    Transcoder,
 )
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
@@ -142,6 +143,11 @@ def fold(sae: SparseAutoencoder) -> FoldedSAE:
     """
     if sae.layout.share.mesh is not None:
         raise UsageError("features are shared out over devices: load the SAE on one first")
+    if isinstance(sae, Transcoder):
+        raise UsageError(
+            f"{type(sae).__name__} reconstructs something else than it reads, which of the formats "
+            "saelens alone can say"
+        )
     gate, scale = sae.gate(), _scale(sae)
     threshold = gate.threshold
     if threshold is not None:

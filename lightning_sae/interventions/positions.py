@@ -82,8 +82,14 @@ class Positions:
         """Return those that are to be edited by an SAE.
 
         Raises:
-            UsageError: If `where` is not a bool mask of two dimensions.
+            UsageError: If `where` is not a bool mask of two dimensions, or there is no SAE but a
+                transcoder.
         """
+        if hasattr(sae, "d_target"):
+            raise UsageError(
+                f"{type(sae).__name__} reconstructs something else than it reads: features are "
+                "changed, and weighed, of SAEs"
+            )
         if where is not None and (where.dim() != 2 or where.dtype != torch.bool):
             raise UsageError(
                 f"where of shape {tuple(where.shape)} and {where.dtype}: it must be a bool mask, "

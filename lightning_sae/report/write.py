@@ -118,10 +118,11 @@ def _lens(stream: ResidualStream | SeveralSites, directions: Tensor) -> LogitLen
 
     They do something where they are in the residual stream, or are added to it.
     """
-    if not (isinstance(stream, ResidualStream) and stream.site in ("resid_post", "mlp_out")):
+    last = stream.streams[-1] if isinstance(stream, SeveralSites) else stream  # a target
+    if last.site not in ("resid_post", "mlp_out"):
         return None
     try:
-        return logit_lens(stream, directions) if stream.is_causal_language_model else None
+        return logit_lens(last, directions) if last.is_causal_language_model else None
     except UsageError:  # its blocks cannot be told, and the layer was named by its path
         return None
 

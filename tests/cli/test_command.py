@@ -23,6 +23,7 @@ ARCHITECTURES = [
     "mutual_choice",
     "feature_choice",
     "matryoshka",
+    "transcoder",
 ]
 SMALL = {
     "trainer.max_steps": "4",
