@@ -11,7 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lightning_sae.architectures import Transcoder
 from lightning_sae.checks import UsageError, require_choice
+from lightning_sae.interop import saelens_transcoder
 from lightning_sae.interop.folded import fold
 from lightning_sae.interop.formats import FORMATS
 from lightning_sae.sae import SparseAutoencoder
@@ -72,7 +74,8 @@ def export(
         sae: A trained SAE.
         to: One of `lightning_sae.interop.FORMATS`.
         output: Folder to write to. It must not hold files yet.
-        activations: Real ones to compare on, (tokens, d_model), beside random ones.
+        activations: Real ones to compare on, (tokens, d_model), beside random ones. Of a transcoder
+            with targets beside them.
 
     Returns:
         A comparison of random activations, and of the real ones.
@@ -90,10 +93,14 @@ def export(
     if activations is not None:
         samples["real activations"] = activations
     try:
-        FORMATS[to].write(fold(sae), folder)
-        theirs = FORMATS[to].run(folder)
+        if isinstance(sae, Transcoder) and to == "saelens":
+            saelens_transcoder.write(sae, folder)
+            theirs, read = saelens_transcoder.run(folder), saelens_transcoder.read
+        else:
+            FORMATS[to].write(fold(sae), folder)
+            theirs, read = FORMATS[to].run(folder), FORMATS[to].read
         by = to if theirs is not None else "our reading of its files"
-        other = theirs if theirs is not None else FORMATS[to].read(folder)
+        other = theirs if theirs is not None else read(folder)
         found = [compare(sae, other, x, name, by) for name, x in samples.items()]
         for each in found:
             if not each.error <= TOLERANCE:
@@ -118,19 +125,26 @@ def compare(
     Args:
         sae: The SAE.
         other: Gives dense codes (tokens, n_features) and reconstructions of activations.
-        x: Activations, shape (tokens, d_model).
+        x: Activations, shape (tokens, d_model); for a transcoder, with targets beside them.
         name: What they are called.
         by: Whose reading it is.
     """
     x = x.float().cpu()
+    x, target = (
+        (x[:, : sae.d_model], x[:, sae.d_model :]) if isinstance(sae, Transcoder) else (x, x)
+    )
     here = x.to(sae.input_mean.device)
     fires, reconstruction = (sae.encode(here) > 0).cpu(), sae(here).cpu()
     codes, other_reconstruction = other(x)
     differ = fires != (codes > 0)
-    affinities, cut = fold(sae).affinities(x)
+    if isinstance(sae, Transcoder):
+        affinities = sae.scores(sae.scaled(here)).dense().cpu()
+        cut = torch.as_tensor(sae.gate().threshold).cpu()
+    else:
+        affinities, cut = fold(sae).affinities(x)
     rounding = TOLERANCE * affinities.abs().amax(1, keepdim=True)
     ties = differ.any(1) & (~differ | ((affinities - cut).abs() <= rounding)).all(1)
-    variance = (x - x.mean(0)).square().mean()
+    variance = (target - target.mean(0)).square().mean()
     error = (reconstruction - other_reconstruction).abs().amax(1)[~ties]
     return Comparison(
         name=name,
@@ -139,8 +153,8 @@ def compare(
         near_a_tie=int(ties.sum()),
         l0=(float(fires.sum() / len(x)), float((codes > 0).sum() / len(x))),
         fvu=(
-            float((x - reconstruction).square().mean() / variance),
-            float((x - other_reconstruction).square().mean() / variance),
+            float((target - reconstruction).square().mean() / variance),
+            float((target - other_reconstruction).square().mean() / variance),
         ),
         by=by,
     )
@@ -148,5 +162,9 @@ def compare(
 
 def _random(sae: SparseAutoencoder, tokens: int = 1024) -> Tensor:
     """Return activations of the mean and scale that the SAE was made for, (tokens, d_model)."""
-    noise = torch.randn(tokens, sae.d_model, generator=torch.Generator().manual_seed(0))
-    return sae.input_mean.cpu() + noise / sae.input_scale.cpu()
+    generator = torch.Generator().manual_seed(0)
+    spaces = [sae, sae.target] if isinstance(sae, Transcoder) else [sae]
+    noise = (torch.randn(tokens, each.d_model, generator=generator) for each in spaces)
+    scaled = (n / each.input_scale.cpu() for n, each in zip(noise, spaces, strict=True))
+    means = (each.input_mean.cpu() for each in spaces)
+    return torch.cat([mean + n for mean, n in zip(means, scaled, strict=True)], dim=1)

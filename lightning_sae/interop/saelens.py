@@ -23,7 +23,7 @@ from lightning_sae.interop.folded import RELATIVE, FoldedSAE, without_gates
 from lightning_sae.sites import site_of
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["download", "read", "run", "write"]
+__all__ = ["download", "metadata_of", "read", "run", "write"]
 
 CONFIG: Final = "cfg.json"
 WEIGHTS: Final = "sae_weights.safetensors"
@@ -32,6 +32,8 @@ VERSION: Final = "6.54.12"
 """The release that was tried; files of one before 6.0 are read otherwise."""
 GATED: Final = "gated"
 UNIT_LENGTH: Final = "constant_norm_rescale"
+HOOKS: Final = {"hook_name": "transformer_lens_", "hf_hook_name": ""}
+"""Its names of a hook, and what ours begin with."""
 
 
 def write(folded: FoldedSAE, folder: Path) -> None:
@@ -59,8 +61,8 @@ def write(folded: FoldedSAE, folder: Path) -> None:
         "apply_b_dec_to_input": False,
         "normalize_activations": UNIT_LENGTH if folded.unit_length else "none",
         # Heads beside each other, as they are here; there they come one by one.
-        "reshape_activations": "hook_z" if _hook_name(folded).endswith("_z") else "none",
-        "metadata": _metadata(folded),
+        "reshape_activations": "hook_z" if _hook_name(folded).endswith("hook_z") else "none",
+        "metadata": metadata_of(folded.record, folded.architecture),
     }
     save_tensors(tensors, folder / WEIGHTS)
     if folded.density is not None:
@@ -165,21 +167,31 @@ def _hook_name(folded: FoldedSAE) -> str:
     return str(folded.record.get("trained_on", {}).get("transformer_lens_hook_name"))
 
 
-def _metadata(folded: FoldedSAE) -> dict[str, Any]:
-    activations = folded.record.get("trained_on", {})
+def metadata_of(record: dict[str, Any], architecture: str | None) -> dict[str, Any]:
+    """Return what SAELens calls metadata.
+
+    Args:
+        record: What is known of the training, as `SparseAutoencoder.record`.
+        architecture: What the class was called that was trained.
+    """
+    activations = record.get("trained_on", {})
+    names = {name: activations.get(f"{ours}hook_name") for name, ours in HOOKS.items()}
+    ends = {name: each if isinstance(each, list) else [each] for name, each in names.items()}
     known = {
         "model_name": activations.get("model_name"),
-        "hook_name": activations.get("transformer_lens_hook_name") or activations.get("hook_name"),
-        "hf_hook_name": activations.get("hook_name"),
+        "hook_name": ends["hook_name"][0] or ends["hf_hook_name"][0],
+        "hf_hook_name": ends["hf_hook_name"][0],
         "context_size": activations.get("context_length"),
         "dataset_path": activations.get("text"),
-        "l0": folded.record.get("measured", {}).get("l0"),
-        "training_architecture": folded.architecture,
+        "l0": record.get("measured", {}).get("l0"),
+        "training_architecture": architecture,
     }
+    for name, (_, *target) in ends.items():  # of a transcoder
+        known[name.replace("hook_name", "hook_name_out")] = next(iter(target), None)
     if "context_length" in activations:  # how `ActivationDataModule` packs text
         known |= {"prepend_bos": True, "exclude_special_tokens": True}
     told = {name: value for name, value in known.items() if value is not None}
-    return {"sae_lens_version": VERSION, **told, "lightning_sae": folded.record}
+    return {"sae_lens_version": VERSION, **told, "lightning_sae": record}
 
 
 def _record(metadata: dict[str, Any]) -> dict[str, Any]:
