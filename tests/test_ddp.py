@@ -16,6 +16,7 @@ from lightning_sae import (
     GatedSAE,
     JumpReLUSAE,
     MutualChoiceSAE,
+    MutualChoiceTranscoder,
     SparseAutoencoder,
     StandardSAE,
     TopKSAE,
@@ -52,6 +53,9 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     "jumprelu": lambda: JumpReLUSAE(8, 48, 3, bandwidth=0.1, pre_act_coefficient=0.1),
     "gated": lambda: GatedSAE(8, 48, 3),
     "mutual, nested": lambda: MutualChoiceSAE(8, 48, 3, prefixes=[4, 16], aux_coefficient=0),
+    "transcoder": lambda: MutualChoiceTranscoder(
+        5, 48, k=3, d_target=3, skip=True, aux_coefficient=0
+    ),
     "standard": lambda: StandardSAE(8, 48, 0.5, l1_warmup_tokens=50 * TOKENS),
     "mutual, helping dead and dying": lambda: MutualChoiceSAE(
         8, 48, 3, dead_after_tokens=2 * TOKENS, dying_below=0.75, importance="affinity"

@@ -25,6 +25,7 @@ from lightning_sae import (
     GatedSAE,
     JumpReLUSAE,
     MutualChoiceSAE,
+    MutualChoiceTranscoder,
     SparseAutoencoder,
     StandardSAE,
     TopKSAE,
@@ -46,6 +47,9 @@ ARCHITECTURES: dict[str, Callable[[], SparseAutoencoder]] = {
     "jumprelu": lambda: JumpReLUSAE(D_MODEL, 32, 3, bandwidth=0.1),
     "gated": lambda: GatedSAE(D_MODEL, 32, 3),
     "mutual": lambda: MutualChoiceSAE(D_MODEL, 32, 3, **HELPING),
+    "transcoder": lambda: MutualChoiceTranscoder(
+        D_MODEL - 3, 32, k=3, d_target=3, skip=True, **HELPING
+    ),
     "feature, uniform": lambda: FeatureChoiceSAE(
         D_MODEL, 32, 3, budgets="uniform", per_batch=True, mutual_choice_share=0, **HELPING
     ),

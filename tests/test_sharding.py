@@ -18,6 +18,7 @@ from lightning_sae import (
     GatedSAE,
     JumpReLUSAE,
     MutualChoiceSAE,
+    MutualChoiceTranscoder,
     SparseAutoencoder,
     StandardSAE,
     TopKSAE,
@@ -64,6 +65,7 @@ CASES: dict[str, Callable[[], SparseAutoencoder]] = {
     ),
     "gated": lambda: GatedSAE(8, FEATURES, 3),
     "mutual, nested": lambda: MutualChoiceSAE(8, FEATURES, 3, prefixes=[4, 16, 30]),
+    "transcoder": lambda: MutualChoiceTranscoder(5, FEATURES, k=3, d_target=3, skip=True),
     "standard": lambda: StandardSAE(8, FEATURES, 0.5, l1_warmup_tokens=20 * TOKENS),
 }
 
