@@ -26,10 +26,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import lightning_sae
-from lightning_sae import Matches, SparseAutoencoder, StandardSAE
-from lightning_sae.allocation import Choice
-from lightning_sae.core.losses import sparsity_loss
-from lightning_sae.core.penalty_weight import PenaltyWeight
+from lightning_sae import Matches, SparseAutoencoder
 from lightning_sae.data import KnownFeatures
 from lightning_sae.metrics import (
     L0,
@@ -39,7 +36,6 @@ from lightning_sae.metrics import (
     FractionOfVarianceUnexplained,
     direction_statistics,
 )
-from lightning_sae.selection import Scores
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SWEEP = RESULTS.with_stem("synthetic_truth_sweep")
@@ -54,11 +50,12 @@ TRUTHS: dict[str, dict[str, Any]] = {
     "hierarchical": {"children": 3},
 }
 LATER = {"mutual_choice_tokens": 85 * STEPS * BATCH // 100}
+LOW = {"l1_coefficient": 0.05}  # at first nearly all pairs match, and the weight rises by itself
 VARIANTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "TopK": ("TopKSAE", {}, 8e-3),
     "Mutual Choice": ("MutualChoiceSAE", {}, 8e-3),
     "Feature Choice": ("FeatureChoiceSAE", LATER, 8e-3),
-    "Standard": ("StandardOfK", {}, 8e-3),
+    "Standard": ("StandardSAE", LOW, 8e-3),
     "JumpReLU": ("JumpReLUSAE", {"bandwidth": 0.2}, 8e-3),
     "Gated": ("GatedSAE", {}, 8e-3),
     "Matryoshka": ("MutualChoiceSAE", {"prefixes": [4, 12, 28, 60]}, 8e-3),
@@ -130,8 +127,9 @@ def train_and_measure(run: Run, steps: int = STEPS) -> dict[str, Any]:
     truth, batches = drawn(run.truth, run.seed, steps)
     torch.manual_seed(run.seed)
     name, options, _ = VARIANTS[run.variant]
-    made = StandardOfK if name == "StandardOfK" else getattr(lightning_sae, name)
-    sae = made(D_MODEL, FEATURES, k=TRUE_L0, dead_after_tokens=100_000, **options)
+    sae = getattr(lightning_sae, name)(
+        D_MODEL, FEATURES, k=TRUE_L0, dead_after_tokens=100_000, **options
+    )
     optimizer = torch.optim.Adam(sae.parameters(), lr=run.lr, eps=6.25e-10, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     start = time.process_time()
@@ -174,23 +172,6 @@ def measure(sae: SparseAutoencoder, truth: KnownFeatures) -> dict[str, float]:
         absorption.update(codes.with_values(codes.value / scales), x, concepts)
         figures |= absorption.compute()
     return {name: value.item() for name, value in figures.items()}
-
-
-class StandardOfK(StandardSAE):
-    """A Standard SAE whose penalty is moved until tokens have k matches, as that of Gated is."""
-
-    def __init__(self, d_model: int, n_features: int, k: int, **options: Any) -> None:
-        super().__init__(d_model, n_features, 0.0, **options)
-        self.penalty_weight = PenaltyWeight(k)
-        self.penalty_weight.begin(torch.tensor(0.05))  # low: it rises from half of all features
-
-    def extra_losses(self, scaled: Tensor, matches: Matches, error: Tensor) -> dict[str, Tensor]:
-        loss = self.penalty_weight(sparsity_loss(matches, self.d_model))
-        return super().extra_losses(scaled, matches, error) | {"sparsity_loss": loss}
-
-    def observe(self, scores: Scores, choice: Choice) -> None:
-        fires = (choice.matches.value > 0).sum()
-        self.penalty_weight.observe(fires, len(scores), self.layout.ranks)
 
 
 if __name__ == "__main__":
