@@ -13,7 +13,7 @@ __all__ = ["model_card"]
 FIGURES: Final = {
     "tokens_seen": "tokens trained on",
     "l0": "features that fire on a token, in inference",
-    "l0_in_training": "the same in the last training batch that was logged",
+    "l0_in_training": "features that fire on a token, in the last training batch",
     "fvu": "share of the activations' variance not reconstructed (FVU)",
     "loss_recovered_mean": "language model's loss recovered, against mean ablation",
     "loss_recovered_zero": "the same against zero ablation",

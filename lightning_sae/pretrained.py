@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
@@ -11,19 +10,18 @@ from typing import Any, Final, Self
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH
 from lightning_sae.checkpoint_io import read_checkpoint
-from lightning_sae.checkpointed import CheckpointedAutoencoder
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
 from lightning_sae.core.state_format import require_known
 from lightning_sae.model_card import model_card
 from lightning_sae.quickstart import packaged_sae
+from lightning_sae.record import RecordedAutoencoder
 from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "config_of"]
@@ -38,7 +36,7 @@ NOT_THERE: Final = (UsageError, OSError, HFValidationError)
 
 
 class PretrainedAutoencoder(
-    CheckpointedAutoencoder,
+    RecordedAutoencoder,
     ModelHubMixin,
     library_name="lightning_sae",
     tags=["sparse-autoencoder"],
@@ -56,11 +54,6 @@ class PretrainedAutoencoder(
             densities the Trainer's `fit` starts from: a checkpoint, a folder, or the id of a
             repository on the hub. One that has seen tokens already goes on as it is.
         options: Those of `lightning_sae.core.Autoencoder`.
-
-    Attributes:
-        record: What is known of its training, as JSON has it: `trained_on`, which activations of
-            which model and text, and `measured`, the figures of the last validation. A Trainer
-            fills it in; checkpoints and folders have it.
     """
 
     def __init__(
@@ -68,7 +61,6 @@ class PretrainedAutoencoder(
     ) -> None:
         super().__init__(d_model, n_features, **options)
         self.start_from = start_from
-        self.record: dict[str, dict[str, Any]] = {}
 
     def setup(self, stage: str) -> None:
         """Load the dictionary to start from, unless this one is trained by now, or will be resumed.
@@ -102,33 +94,6 @@ class PretrainedAutoencoder(
             f"{type(self).__name__} does not say by a method `gate` what its codes are"
         )
 
-    def on_fit_start(self) -> None:
-        """Note what it is to be trained on: it may be exported after, without a checkpoint."""
-        super().on_fit_start()
-        self._noted()
-
-    def note_figures(self) -> None:
-        """Note what a validation has logged, callbacks too: called at the end of its epoch."""
-        logged = self.trainer.callback_metrics
-        figures = {
-            name.removeprefix("val/"): _number(value)
-            for name, value in logged.items()
-            if name.startswith("val/")
-        }
-        if "train/l0" in logged:
-            figures["l0_in_training"] = _number(logged["train/l0"])
-        self.record["measured"] = {"tokens_seen": int(self.tokens_seen), **figures}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note also what is known of the training."""
-        checkpoint["record"] = self._noted()
-        super().on_save_checkpoint(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over also what the checkpoint notes of the training so far."""
-        super().on_load_checkpoint(checkpoint)
-        self.record = dict(checkpoint.get("record", {}))
-
     def config(self) -> dict[str, Any]:
         """Return what `config.json` says: the class, its arguments, and the record."""
         return {
@@ -137,15 +102,6 @@ class PretrainedAutoencoder(
             "arguments": dict(self.hparams),
             **self._noted(),
         }
-
-    def _noted(self) -> dict[str, dict[str, Any]]:
-        """Return the record, with what the SAE is being trained on."""
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
-            if describe is not None:
-                self.record["trained_on"] = describe()
-        return self.record
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Save to a folder, as huggingface_hub does; and write its model card anew, unless edited.
@@ -291,9 +247,3 @@ def _remove_card(folder: Path, options: Mapping[str, Any]) -> None:
             card.unlink()
     except (UsageError, OSError, ValueError):  # none is there, or it is not ours
         return
-
-
-def _number(value: torch.Tensor) -> float | None:
-    """Return what JSON can hold."""
-    number = value.item()
-    return number if math.isfinite(number) else None

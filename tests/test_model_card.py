@@ -15,7 +15,16 @@ CONFIG = {
         "text": "some/text",
         "positions": "all but the first",
     },
-    "measured": {"fvu": 0.123456, "l0": 15.98, "dead_fraction": None, "tokens_seen": 1_000_000},
+    "measured": {
+        "fvu": 0.123456,
+        "l0": 15.98,
+        "l0_in_training": 16.25,
+        "loss_recovered_mean": 0.98765,
+        "loss_recovered_zero": 0.99,
+        "dead_fraction": 0.0625,
+        "delta_ce": None,
+        "tokens_seen": 1_000_000,
+    },
 }
 
 
@@ -27,12 +36,17 @@ def test_what_is_known_is_said_and_nothing_else():
         "| expected matches per token (k) | 16 |",
         "| site, as Hugging Face's module | model.layers.3 |",
         "| positions | all but the first |",
+        "| features that fire on a token, in inference | 15.98 |",
+        "| features that fire on a token, in the last training batch | 16.25 |",
         "| share of the activations' variance not reconstructed (FVU) | 0.1235 |",
+        "| language model's loss recovered, against mean ablation | 0.9877 |",
+        "| the same against zero ablation | 0.99 |",
+        "| share of features that never fired in validation | 0.0625 |",
         "| tokens trained on | 1,000,000 |",
     ):
         assert f"\n{line}\n" in text
     assert "None" not in text
-    assert "dead" not in text
+    assert "rise of that loss" not in text
 
 
 def test_hubs_can_read_what_it_is_about():

@@ -16,7 +16,7 @@ ROOMS = (
     ("callbacks", "interventions", "report"),
     ("sae",),
     ("pretrained",),
-    ("checkpointed",),
+    ("checkpointed", "record"),
     ("optim", "checkpoint_io", "checkpoint_format"),
     ("core",),
     ("sparse",),

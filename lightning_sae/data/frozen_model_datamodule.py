@@ -247,7 +247,10 @@ class FrozenModelDataModule(StreamDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Return what activations these are, as JSON has it: for the record of what learns them."""
-        return super().describe() | self.model.names_elsewhere
+        names = self.model.names_elsewhere
+        if names["hook_name"] is None and self.cache_dir is not None:  # no model was needed
+            names["hook_name"] = self._activation_cache.shards.made_of.get("hook_name")
+        return super().describe() | names
 
     @property
     def residual_stream(self) -> ResidualStream | SeveralSites:

@@ -77,6 +77,18 @@ class Shards:
     def __len__(self) -> int:
         return len(self._keys) + len(self._next.keys)
 
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What a file says that the activations are of; empty if there is none, or none says it."""
+        from safetensors import safe_open
+
+        with self._lock:
+            if not self.files:
+                return dict(self._next.made_of)
+            file: Any = safe_open(str(self.files[0]), framework="pt")
+        found: dict[str, Any] = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        return found
+
     def holds(self, keys: Sequence[int]) -> bool:
         """Whether the activations of all these inputs are here."""
         with self._lock:

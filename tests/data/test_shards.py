@@ -49,6 +49,16 @@ def test_files_have_one_size_and_the_rest_waits(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_they_are_of_is_known_before_and_after_they_are_written(tmp_path):
+    assert shards(tmp_path).made_of == {}
+    for _ in range(2):
+        there = shards(tmp_path)
+        add(there, 1, made_of={"layer": 3})
+        assert there.made_of == {"layer": 3}
+        there.write()
+        assert there.made_of == {"layer": 3}
+
+
 def test_what_is_there_is_not_added_again(tmp_path):
     for _ in range(2):
         there = shards(tmp_path)
