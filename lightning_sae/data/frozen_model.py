@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_sae.checks import UsageError
 from lightning_sae.data.cache import ActivationCache
-from lightning_sae.data.fingerprints import model_fingerprint, weights_fingerprint
+from lightning_sae.data.fingerprints import commit_of, model_fingerprint, weights_fingerprint
 from lightning_sae.data.shards import Shards
 from lightning_sae.layers import check_layer
 from lightning_sae.quickstart import FOLDER
@@ -128,16 +128,17 @@ class FrozenModel(ABC):
         """What others call the model and the layer.
 
         Returns:
-            `model_revision`: branch, tag or commit on the hub, None for a folder; `hook_name`: the
-            path of the module whose output is read, None before the model is loaded, or where it is
-            the input; `transformer_lens_hook_name`: None if the layer is named by its path. The
-            latter two are lists where there are several sites.
+            `model_revision`: branch, tag or commit on the hub, the commit of the main branch, which
+            moves, and None for a folder; `hook_name`: the path of the module whose output is read,
+            None before the model is loaded, or where it is the input; `transformer_lens_hook_name`:
+            None if the layer is named by its path. The latter two are lists where there are several
+            sites.
         """
         paths = [None if each.before else each.path for each in self._streams]
         theirs = [hook_name_of(*pair) for pair in self._pairs]
         several = len(self._pairs) > 1
         return {
-            "model_revision": None if Path(self._path).is_dir() else self._revision,
+            "model_revision": None if Path(self._path).is_dir() else self._revision_read,
             "hook_name": (paths or None) if several else next(iter(paths), None),
             "transformer_lens_hook_name": theirs if several else theirs[0],
         }
@@ -225,6 +226,11 @@ class FrozenModel(ABC):
         """
         for shards in self._shards.values():
             shards.write()
+
+    @property
+    def _revision_read(self) -> str:
+        named = self._revision
+        return commit_of(self._path, named) if named == "main" else named
 
     @abstractmethod
     def load(self) -> Any:

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lightning_sae.data.fingerprints import model_fingerprint
+from lightning_sae.data.fingerprints import commit_of, model_fingerprint
+from lightning_sae.data.language_model import LanguageModel
 
 
 def test_fingerprint_of_a_folder_is_that_of_its_weights(model_folder, tmp_path):
@@ -38,3 +39,11 @@ def test_fingerprint_of_a_hub_model_is_its_commit(tmp_path: Path, monkeypatch: p
     (repository / "refs" / "main").write_text("def")  # the branch has moved
     assert fingerprint("main") == fingerprint("def") != first
     assert fingerprint("main", "else/gpt") != fingerprint("v3", "else/gpt")  # not there: by name
+    assert commit_of("else/gpt", "v3") == "v3"
+    assert commit_of("of my own", "main") == "main"
+
+    def noted(revision: str | None) -> str | None:
+        return LanguageModel("someone/gpt", 1, revision=revision).names_elsewhere["model_revision"]
+
+    assert noted(None) == noted("main") == "def"
+    assert noted("v2") == "v2"
