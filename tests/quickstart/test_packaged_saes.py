@@ -1,5 +1,6 @@
 """The SAEs that ship: found by their names, small, and worth what they say."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSA
 from lightning_sae.cli import main
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.metrics import FractionOfVarianceUnexplained
+from lightning_sae.model_card import model_card
+from lightning_sae.pretrained import config_of
 from lightning_sae.quickstart import SAES, packaged_sae
+from notebooks import quickstart_saes
 
 KINDS = {
     "standard": StandardSAE,
@@ -40,9 +44,34 @@ def test_it_is_what_its_record_says(name: str, held_out: torch.Tensor):
     assert len(sae.match(held_out)) / len(held_out) == pytest.approx(measured["l0"], rel=0.1)
     assert measured["l0"] == pytest.approx(29 if name == "standard" else 16, rel=0.1)
     assert measured["loss_recovered_mean"] > (0.8 if name == "standard" else 0.93)
-    assert sae.record["trained_on"]["transformer_lens_hook_name"] == "blocks.2.hook_resid_post"
+    trained_on = sae.record["trained_on"]
+    assert trained_on["hook_name"] == "transformer.h.2"
+    assert trained_on["transformer_lens_hook_name"] == "blocks.2.hook_resid_post"
     norms = sae.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-3)
+
+
+@every_one
+def test_its_card_is_that_of_its_record(name: str):
+    card = (SAES / name / "README.md").read_text()
+    assert "| site, as Hugging Face's module | transformer.h.2 |" in card
+    assert card == str(model_card(config_of(SAES / name)))
+
+
+def test_the_script_that_makes_them_notes_what_their_cards_say(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = partial(ActivationDataModule, batches_per_block=2, validation_tokens=1024)
+    monkeypatch.setattr(quickstart_saes, "ActivationDataModule", small)
+    monkeypatch.setattr(quickstart_saes, "N_FEATURES", 128)
+    monkeypatch.setattr(quickstart_saes, "SAES", tmp_path / "saes")
+    monkeypatch.setattr(quickstart_saes, "STEPS", 2)
+    quickstart_saes.main()
+    for name in KINDS:  # all but the first of them find their activations in a cache
+        sae = load(tmp_path / "saes" / name)
+        assert sae.record["trained_on"]["hook_name"] == "transformer.h.2"
+        measured = sae.record["measured"]
+        assert measured.keys() >= {"l0_in_training", "l0", "fvu", "loss_recovered_mean"}
+        assert sae.encoder.weight.equal(sae.encoder.weight.half().float())
 
 
 def test_together_they_are_small():
