@@ -10,6 +10,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 __all__ = ["model_card"]
 
+LOADING: Final = """import lightning_sae
+
+sae = lightning_sae.load("this folder, or the name of its repository")
+codes = sae.encode(activations)  # (..., d_model) -> (..., n_features)"""
 FIGURES: Final = {
     "tokens_seen": "tokens trained on",
     "l0": "features that fire on a token, in inference",
@@ -45,32 +49,37 @@ SETTINGS: Final = {
 }
 
 
-def model_card(config: Mapping[str, Any], **data: Any) -> ModelCard:
+def model_card(
+    config: Mapping[str, Any],
+    library: str = "lightning_sae",
+    loading: str = LOADING,
+    **data: Any,
+) -> ModelCard:
     """Return the card of an SAE.
 
     Args:
         config: What its `config.json` says. What it does not say is left out.
+        library: Whose files it lies in, as the hub calls libraries.
+        loading: The lines of Python that load it there.
         data: More of the card's metadata, as `huggingface_hub.ModelCardData` takes it.
     """
     activations, measured = config.get("trained_on", {}), config.get("measured", {})
     name = activations.get("model_name")
     base = {"base_model": name} if _is_on_the_hub(name) else {}
     tags = ["sparse-autoencoder", "mechanistic-interpretability"]
-    front = ModelCardData(library_name="lightning_sae", tags=tags, **base | data)
+    front = ModelCardData(library_name=library, tags=tags, **base | data)
     of = f" on layer {activations.get('layer')} of {name}" if name else ""
+    other = f", in the format of `{library}`" if library != "lightning_sae" else ""
     text = f"""---
 {front.to_yaml()}
 ---
 
 # {config["architecture"]}{of}
 
-A sparse autoencoder, trained with `lightning_sae`.
+A sparse autoencoder, trained with `lightning_sae`{other}.
 
 ```python
-import lightning_sae
-
-sae = lightning_sae.load("this folder, or the name of its repository")
-codes = sae.encode(activations)  # (..., d_model) -> (..., n_features)
+{loading}
 ```
 
 {_table("Settings", SETTINGS, config["arguments"])}

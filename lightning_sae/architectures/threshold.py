@@ -24,6 +24,7 @@ from lightning_sae.core.gate import Gate, require_plain
 from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.loading import require_finite
 from lightning_sae.matches import Matches
+from lightning_sae.metrics import FractionOfVarianceUnexplained
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
 from lightning_sae.selection import Scores
@@ -183,8 +184,14 @@ class ThresholdSAE(SparseAutoencoder):
         copy.load_state_dict(self.state_dict())
         copy.to(self.threshold.device).calibrate(x)
         copy.eval()
+        width = getattr(self, "d_target", self.d_model)  # a transcoder's target is beside its input
+        whole = FractionOfVarianceUnexplained(width)
         copy.record = {name: of for name, of in self.record.items() if name != "measured"}
-        copy.record["measured"] = {"l0": len(copy.match(x)) / len(x)}
+        copy.record["measured"] = {
+            "tokens_seen": int(self.tokens_seen),
+            "l0": len(copy.match(x)) / len(x),
+            "fvu": float(whole(copy(x)[:, -width:], x[:, -width:])),
+        }
         return copy
 
     def calibrated(self, scaled: Tensor) -> Tensor:

@@ -51,14 +51,9 @@ def _without_discount(sae: SparseAutoencoder, activations: Tensor | None) -> Spa
         raise UsageError("without_discount=true: what the SAE was trained on is not at hand")
     plain = sae.without_discount(activations)
     width = getattr(sae, "d_target", sae.d_model)  # a transcoder's target is beside what it reads
-    before, after = (
-        float(
-            FractionOfVarianceUnexplained(width)(
-                each(activations)[:, -width:], activations[:, -width:]
-            )
-        )
-        for each in (sae, plain)
-    )
+    whole = FractionOfVarianceUnexplained(width)
+    before = float(whole(sae(activations)[:, -width:], activations[:, -width:]))
+    after = plain.record["measured"]["fvu"]
     print(f"FVU of the SAE {before:.4f}, without the discount {after:.4f}")
     return plain
 

@@ -18,10 +18,19 @@ from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
 from lightning_sae.interop.folded import FoldedSAE, without_gates
 
-__all__ = ["read", "run", "write"]
+__all__ = ["LIBRARY", "loading", "read", "run", "write"]
 
+LIBRARY: Final = "dictionary_learning"
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "ae.pt"
+
+
+def loading(folded: FoldedSAE) -> str:
+    """Return the lines of Python that load it with the library."""
+    return """from dictionary_learning.utils import load_dictionary
+
+sae, config = load_dictionary("this folder", device="cpu")
+codes = sae.encode(activations)  # (tokens, activation_dim) -> (tokens, dict_size)"""
 
 
 def write(folded: FoldedSAE, folder: Path) -> None:

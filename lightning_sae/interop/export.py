@@ -16,6 +16,7 @@ from lightning_sae.checks import UsageError, require_choice
 from lightning_sae.interop import saelens_transcoder
 from lightning_sae.interop.folded import fold
 from lightning_sae.interop.formats import FORMATS
+from lightning_sae.model_card import model_card
 from lightning_sae.sae import SparseAutoencoder
 
 __all__ = ["TOLERANCE", "Comparison", "compare", "export"]
@@ -67,8 +68,9 @@ def export(
     """Write a trained SAE in the format of another library, load it there, and compare.
 
     Input scale and directions' lengths are folded in, so that what is written takes activations as
-    they come from the language model. Where the library is installed it loads what was written;
-    else our own reading of its format does.
+    they come from the language model. Beside it comes a model card, `README.md`, which says how the
+    library loads it, what it was trained on and what it is worth. Where the library is installed it
+    loads what was written; else our own reading of its format does.
 
     Args:
         sae: A trained SAE.
@@ -95,10 +97,15 @@ def export(
     try:
         if isinstance(sae, Transcoder) and to == "saelens":
             saelens_transcoder.write(sae, folder)
+            loading = saelens_transcoder.LOADING
             theirs, read = saelens_transcoder.run(folder), saelens_transcoder.read
         else:
-            FORMATS[to].write(fold(sae), folder)
+            folded = fold(sae)
+            FORMATS[to].write(folded, folder)
+            loading = FORMATS[to].loading(folded)
             theirs, read = FORMATS[to].run(folder), FORMATS[to].read
+        card = model_card(sae.config(), FORMATS[to].LIBRARY, loading)
+        (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
         by = to if theirs is not None else "our reading of its files"
         other = theirs if theirs is not None else read(folder)
         found = [compare(sae, other, x, name, by) for name, x in samples.items()]

@@ -17,7 +17,16 @@ __all__ = ["FORMATS", "Format", "is_foreign", "load_foreign"]
 
 
 class Format(Protocol):
-    """What the module of a format has."""
+    """What the module of a format has.
+
+    Attributes:
+        LIBRARY: What hubs, or else pip, call the library.
+    """
+
+    LIBRARY: str
+
+    def loading(self, folded: FoldedSAE) -> str:
+        """Return the lines of Python that load it with the library."""
 
     def write(self, folded: FoldedSAE, folder: Path) -> None:
         """Write the files."""

@@ -19,11 +19,20 @@ from lightning_sae.core.gate import Gate
 from lightning_sae.interop.folded import FoldedSAE
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["read", "run", "write"]
+__all__ = ["LIBRARY", "loading", "read", "run", "write"]
 
+LIBRARY: Final = "llamascopium"
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "sae_weights.safetensors"
 THRESHOLD: Final = "activation_function.log_jumprelu_threshold"
+
+
+def loading(folded: FoldedSAE) -> str:
+    """Return the lines of Python that load it with the library."""
+    return """from llamascopium import SparseAutoEncoder
+
+sae = SparseAutoEncoder.from_pretrained("this folder")
+codes = sae.encode(activations)  # (tokens, d_model) -> (tokens, d_sae)"""
 
 
 def write(folded: FoldedSAE, folder: Path) -> None:

@@ -23,8 +23,9 @@ from lightning_sae.interop.folded import RELATIVE, FoldedSAE, without_gates
 from lightning_sae.sites import site_of
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["download", "metadata_of", "read", "run", "write"]
+__all__ = ["LIBRARY", "download", "loading", "metadata_of", "read", "run", "write"]
 
+LIBRARY: Final = "saelens"
 CONFIG: Final = "cfg.json"
 WEIGHTS: Final = "sae_weights.safetensors"
 SPARSITY: Final = "sparsity.safetensors"
@@ -34,6 +35,20 @@ GATED: Final = "gated"
 UNIT_LENGTH: Final = "constant_norm_rescale"
 HOOKS: Final = {"hook_name": "transformer_lens_", "hf_hook_name": ""}
 """Its names of a hook, and what ours begin with."""
+
+
+def loading(folded: FoldedSAE) -> str:
+    """Return the lines of Python that load it with the library."""
+    own = ""
+    if folded.gate.relative:
+        own = """from lightning_sae.interop import saelens_adapter
+
+saelens_adapter.register()  # thresholds relative to a token's length, which SAELens lacks
+"""
+    return f"""from sae_lens import SAE
+
+{own}sae = SAE.load_from_disk("this folder")
+codes = sae.encode(activations)  # (..., d_in) -> (..., d_sae)"""
 
 
 def write(folded: FoldedSAE, folder: Path) -> None:

@@ -23,9 +23,13 @@ from lightning_sae.checks import UsageError
 from lightning_sae.interop.saelens import CONFIG, UNIT_LENGTH, WEIGHTS, metadata_of
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["read", "run", "write"]
+__all__ = ["LOADING", "read", "run", "write"]
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
+LOADING: Final = """from sae_lens import SAE
+
+transcoder = SAE.load_from_disk("this folder")
+target, codes = transcoder.forward_with_activations(activations)  # (..., d_in) -> (..., d_out)"""
 NORMALIZED: Final = {"average": "none", "token": UNIT_LENGTH}
 
 

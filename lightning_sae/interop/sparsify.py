@@ -21,10 +21,19 @@ from lightning_sae.core.gate import Gate
 from lightning_sae.interop.folded import FoldedSAE
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["read", "run", "write"]
+__all__ = ["LIBRARY", "loading", "read", "run", "write"]
 
+LIBRARY: Final = "sparsify"
 CONFIG: Final = "cfg.json"
 WEIGHTS: Final = "sae.safetensors"
+
+
+def loading(folded: FoldedSAE) -> str:
+    """Return the lines of Python that load it with the library."""
+    return """from sparsify import SparseCoder
+
+sae = SparseCoder.load_from_disk("this folder")
+codes = sae.encode(activations)  # of each token the k largest, and which features these are"""
 
 
 def write(folded: FoldedSAE, folder: Path) -> None:

@@ -99,7 +99,10 @@ def test_without_its_discount_an_sae_has_as_many_matches_and_a_gate():
     assert plain.hparams["rank_discount"] == 0
     assert plain.gate().threshold is plain.threshold
     assert len(plain.match(x)) == 3 * 3000
-    assert plain.record == {"trained_on": {"layer": 2}, "measured": {"l0": 3.0}}
+    assert plain.record["trained_on"] == {"layer": 2}
+    fvu = ((x - plain(x)).square().mean() / (x - x.mean(0)).square().mean()).item()
+    measured = {"tokens_seen": 3000, "l0": 3.0, "fvu": pytest.approx(fvu, rel=1e-4)}
+    assert plain.record["measured"] == measured
     torch.testing.assert_close(plain.W_dec, sae.W_dec)
     assert sae.record["measured"] == {"fvu": 0.1}
     assert sae.rank_discount == 1

@@ -1,6 +1,8 @@
 """Trained SAEs of every kind, to be carried into other libraries and back."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ RECORD = {
         "transformer_lens_hook_name": "blocks.3.hook_resid_post",
         "text": "some/text",
         "context_length": 128,
+        "positions": "all but the first",
     },
-    "measured": {"l0": 4.0, "fvu": 0.2},
+    "measured": {"l0": 4.0, "fvu": 0.2, "loss_recovered_mean": 0.9},
 }
 KINDS = ["standard", "jumprelu", "gated", "topk", "mutual_choice", "feature_choice_zipf"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -65,6 +68,15 @@ def assert_same(one: SparseAutoencoder, other: SparseAutoencoder) -> None:
     torch.testing.assert_close(other(x)[same], one(x)[same], rtol=1e-5, atol=1e-3)
 
 
+def as_its_card_says(folder: Path, x: Tensor) -> dict[str, Any]:
+    """Run the lines of Python on the card of an exported SAE; return what they have named."""
+    card = (folder / "README.md").read_text()
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    names = {"activations": x}
+    exec(lines.replace("this folder", str(folder)), names)  # noqa: S102
+    return names
+
+
 def refusal(sae: SparseAutoencoder, to: str, folder: Path) -> str:
     with pytest.raises(UsageError) as refused:
         export(sae, to, folder)
@@ -72,4 +84,15 @@ def refusal(sae: SparseAutoencoder, to: str, folder: Path) -> str:
     return str(refused.value)
 
 
-__all__ = ["FORMATS", "KINDS", "RECORD", "assert_same", "every_kind", "refusal", "there_and_back"]
+__all__ = [
+    "FORMATS",
+    "KINDS",
+    "RECORD",
+    "as_its_card_says",
+    "assert_same",
+    "every_kind",
+    "refusal",
+    "there_and_back",
+    "tokens",
+    "trained",
+]

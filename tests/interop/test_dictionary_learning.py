@@ -10,6 +10,7 @@ from lightning_sae import GatedSAE, UsageError
 from lightning_sae.interop import export, load_foreign, unfold
 from tests.helpers.foreign import (
     RECORD,
+    as_its_card_says,
     assert_same,
     every_kind,
     refusal,
@@ -109,3 +110,4 @@ def test_dictionary_learning_loads_it(kind: str, tmp_path: Path):
     pytest.importorskip("dictionary_learning")
     found = export(trained(kind, normalize_inputs="average"), "dictionary_learning", tmp_path)
     assert {comparison.by for comparison in found} == {"dictionary_learning"}
+    assert as_its_card_says(tmp_path, tokens())["codes"].shape == (len(tokens()), 48)

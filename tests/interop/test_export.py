@@ -1,11 +1,15 @@
 """What is written for others is compared before anyone relies on it."""
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from lightning_sae import UsageError
+from lightning_sae.cli import main
 from lightning_sae.interop import FORMATS, export, fold, saelens
 from lightning_sae.interop.export import compare
 from tests.helpers.foreign import refusal, tokens, trained
@@ -20,6 +24,56 @@ def test_random_and_real_activations_are_compared(tmp_path: Path):
     fvu = (((x - sae(x)) ** 2).mean() / ((x - x.mean(0)) ** 2).mean()).item()
     torch.testing.assert_close(real.fvu, (fvu, fvu), rtol=1e-4, atol=0)
     assert "512 tokens: largest error" in str(real)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_card_says_what_it_is_and_how_it_is_loaded(to: str, tmp_path: Path):
+    export(trained("topk"), to, tmp_path)
+    card, library = ModelCard.load(tmp_path / "README.md"), FORMATS[to].LIBRARY
+    assert card.data.library_name == library
+    assert card.data.base_model == "someone/model"
+    for line in (
+        f"A sparse autoencoder, trained with `lightning_sae`, in the format of `{library}`",
+        "codes = sae.encode(activations)",
+        "| expected matches per token (k) | 4 |",
+        "| site, as Hugging Face's module | model.layers.3 |",
+        "| site, as TransformerLens calls it | blocks.3.hook_resid_post |",
+        "| positions | all but the first |",
+        "| features that fire on a token, in inference | 4 |",
+        "| share of the activations' variance not reconstructed (FVU) | 0.2 |",
+        "| language model's loss recovered, against mean ablation | 0.9 |",
+    ):
+        assert f"\n{line}" in card.text
+    assert "import lightning_sae" not in card.text
+
+
+@pytest.mark.parametrize("name", ["standard", "topk", "mutual_choice", "feature_choice"])
+def test_what_ships_is_exported_to_saelens(name: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = ["export", f"--ckpt_path=quickstart/{name}", "--to=saelens", "--output=out"]
+    line.append("--tokens=2048")
+    discounts = name in ("mutual_choice", "feature_choice")
+    if discounts:  # which no other library knows
+        with pytest.raises(SystemExit) as refused:
+            main(line)
+        assert re.fullmatch(
+            "lightning_sae: error: rank_discount=1.0 .*: export with without_discount=true, .*",
+            str(refused.value.code),
+        )
+        assert not any(Path("out").iterdir())
+        line.append("--without_discount=true")
+    main(line)
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "out is for saelens."
+    by = "saelens" if find_spec("sae_lens") else "our reading of its files"
+    for each, on in zip(told[-3:-1], ("random", "real"), strict=True):
+        assert each.startswith(f"{on} activations, ")
+        assert f" by {by}; " in each
+        assert float(re.search("largest error (.*) of their spread", each)[1]) < 1e-5
+    card = Path("out/README.md").read_text()
+    assert "| site, as Hugging Face's module | transformer.h.2 |" in card
+    assert "(FVU) | 0." in card
+    assert ("loss recovered" in card) != discounts  # it was not measured without the discount
 
 
 def test_what_is_not_the_same_there_is_refused(tmp_path: Path, monkeypatch):

@@ -1,6 +1,8 @@
 """SAEs in SAELens' format, and, where it is installed, in SAELens."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_sae import GatedSAE, UsageError
+from lightning_sae.cli import main
 from lightning_sae.interop import load_foreign, unfold
-from tests.helpers.foreign import RECORD, assert_same, every_kind, there_and_back, tokens, trained
+from tests.helpers.foreign import (
+    RECORD,
+    as_its_card_says,
+    assert_same,
+    every_kind,
+    there_and_back,
+    tokens,
+    trained,
+)
 
 
 @every_kind
@@ -165,3 +176,54 @@ def test_saelens_loads_it(kind: str, importance: str, tmp_path: Path):
     same = ((loaded.encode(x) > 0) == (sae.encode(x) > 0)).all(1)
     assert same.sum() >= len(x) - 2
     torch.testing.assert_close(loaded(x)[same], sae(x)[same], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("importance", ["affinity", "token_norm"])
+def test_the_lines_on_its_card_load_it(importance: str, tmp_path: Path):
+    pytest.importorskip("sae_lens")
+    sae = trained("mutual_choice", importance=importance)
+    there_and_back(sae, "saelens", tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert ("saelens_adapter.register()" in card) == (importance == "token_norm")
+    same = (as_its_card_says(tmp_path, tokens())["codes"] > 0) == (sae.encode(tokens()) > 0)
+    assert same.all(1).sum() >= len(tokens()) - 2
+
+
+ALONE = """
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from sae_lens import SAE
+
+sae = SAE.load_from_disk(sys.argv[1])
+x = sae.b_dec + torch.randn(64, sae.cfg.d_in)
+assert sae.encode(x).shape == (64, sae.cfg.d_sae)
+assert sae(x).isfinite().all()
+card = ModelCard.load(Path(sys.argv[1], "README.md"))
+assert card.data.library_name == "saelens"
+for told in (
+    "FeatureChoiceSAE on layer 2 of quickstart",
+    "SAE.load_from_disk",
+    "transformer.h.2",
+    "blocks.2.hook_resid_post",
+    "all but special tokens",
+    "matches per token (k) | 16 |",
+    "in inference | 16 |",
+    "(FVU) | 0.1",
+):
+    assert told in card.text, told
+assert sae.cfg.metadata.hf_hook_name == "transformer.h.2"
+assert "lightning_sae" not in sys.modules
+"""
+
+
+def test_who_has_only_saelens_loads_it_and_reads_its_card(tmp_path: Path):
+    pytest.importorskip("sae_lens")
+    out = tmp_path / "out"
+    line = ["export", "--ckpt_path=quickstart/feature_choice", "--to=saelens", f"--output={out}"]
+    main([*line, "--without_discount=true"])
+    run = [sys.executable, "-W", "ignore", "-c", ALONE, str(out)]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,15 @@ import pytest
 
 from lightning_sae import UsageError
 from lightning_sae.interop import export, load_foreign
-from tests.helpers.foreign import RECORD, assert_same, refusal, there_and_back, trained
+from tests.helpers.foreign import (
+    RECORD,
+    as_its_card_says,
+    assert_same,
+    refusal,
+    there_and_back,
+    tokens,
+    trained,
+)
 
 
 @pytest.mark.parametrize("importance", ["affinity", "token_norm"])
@@ -40,3 +48,5 @@ def test_sparsify_loads_it(tmp_path: Path):
     pytest.importorskip("sparsify")
     found = export(trained("topk"), "sparsify", tmp_path)
     assert {comparison.by for comparison in found} == {"sparsify"}
+    codes = as_its_card_says(tmp_path, tokens())["codes"]
+    assert codes.top_acts.shape == codes.top_indices.shape == (len(tokens()), 4)
