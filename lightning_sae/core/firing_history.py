@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -53,8 +54,14 @@ class FiringHistory(ExactBuffers):
 
     @property
     def window(self) -> int:
-        """Over how many tokens `density` is measured by now."""
-        return min(int(self.tokens_seen), self.dead_after_tokens)
+        """Over how many tokens `density` is measured by now.
+
+        Of densities that came with another library's SAE, over as many as the rarest feature needs.
+        """
+        seen = int(self.tokens_seen)
+        if seen == 0 and self.density.any():
+            seen = math.ceil(1 / float(self.density[self.density > 0].min()))
+        return min(seen, self.dead_after_tokens)
 
     def dead(self) -> Tensor:
         """Return which features have not fired for `dead_after_tokens`, bool, (n_features,)."""

@@ -224,6 +224,25 @@ def test_starts_from_a_checkpoint_of_any_architecture(architecture: type, tmp_pa
     assert (sae.target_density[order].diff() <= 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:Budgets follow")  # a guess, for 24 features are no law
+@pytest.mark.parametrize("budgets", ["measured", "zipf"])
+def test_starts_from_densities_of_another_librarys_sae(budgets: str, tmp_path: Path):
+    """Its files say how often features fire, and not on how many tokens that was counted."""
+    first = TopKSAE(8, 24, 3, normalize_inputs="average")
+    train(first, 30)
+    first.history.tokens_seen.zero_()
+    first.save_pretrained(tmp_path)
+    sae = from_scratch(start_from=str(tmp_path), budgets=budgets, normalize_inputs="average")
+    sae._trainer = SimpleNamespace(ckpt_path=None)
+    sae.setup("fit")
+    sae._trainer = None
+    loss, stats = sae.loss(superposition(512, 8, n_features=16, seed=30))
+    assert loss.isfinite()
+    assert stats["l0"] == pytest.approx(3, rel=0.2)
+    order = first.history.density.argsort(descending=True, stable=True)
+    assert (sae.target_density[order].diff() <= 1e-6).all()
+
+
 def test_a_rule_of_one_s_own_must_count_what_passes_thresholds():
     class Uncounted(FeatureChoiceSAE):
         def choose(self, scores: Scores) -> Choice:
