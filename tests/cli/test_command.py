@@ -70,6 +70,8 @@ def test_every_configuration_fits_tests_and_predicts(name: str, tmp_path: Path, 
     fewer = {"model__prefixes": "[16, 48]"} if name == "matryoshka" else {}
     main(arguments("fit", f"{name}.yaml", **fewer))
     version = tmp_path / "runs" / name / "version_0"
+    folder = str(version.relative_to(tmp_path) / "pretrained")
+    assert caplog.messages[-1] == f"The SAE is in {folder}: lightning_sae.load({folder!r})"
     checkpoint = version / "checkpoints" / "last.ckpt"
     raw = torch.load(checkpoint, weights_only=True)
     assert raw["state_dict"]["decoder.weight"].shape == (

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sae import MutualChoiceSAE, TopKSAE, load
+from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE, load
 from lightning_sae.cli import main
-from lightning_sae.interop import load_foreign, unfold
+from lightning_sae.interop import export, load_foreign, unfold
 from tests.helpers.foreign import RECORD, assert_same, trained
 
 QUICKSTART = {"trained_on": {"model_name": "quickstart", "layer": 1, "text": "quickstart"}}
@@ -80,6 +80,29 @@ def test_mean_and_scale_are_measured_where_they_can_be_read():
     assert again.input_mean.norm() > 1
     x = again.input_mean + torch.randn(2000, 256) / again.input_scale
     assert 0.5 < again.loss(x)[0] < 2  # in units in which all of the variance is 1
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_feature_choice_goes_on_from_a_topk_sae_of_another_library(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lightning_sae"])
+    torch.manual_seed(0)
+    theirs = TopKSAE(256, 64, 4, normalize_inputs="average")
+    theirs.loss(torch.randn(512, 256))
+    theirs.record = QUICKSTART
+    export(theirs, "sparsify", "theirs")
+    main(["import", "--path=sparsify:theirs", "--output=ours", "--tokens=512"])
+    fit = "fit --config feature_choice.yaml --model.start_from ours --model.n_features 64"
+    fit += " --model.k 4 --model.normalize_inputs average --model.mutual_choice_share 0.5"
+    fit += " --model.optimizer.init_args.lr 1e-5 --data.layer 1 --data.batch_size 256"
+    fit += " --data.batches_per_block 2 --data.validation_tokens 512"
+    fit += " --trainer.max_steps 4 --trainer.val_check_interval 4"
+    main([*fit.split(), "--trainer.enable_progress_bar=false"])
+    sae = load("runs/feature_choice/version_0/pretrained")
+    assert isinstance(sae, FeatureChoiceSAE)
+    assert sae.choosing
+    assert torch.equal(sae.input_mean, load("ours").input_mean)
+    assert (sae.W_dec * theirs.W_dec).sum(1).min() > 0.999
+    assert sae.record["measured"]["l0"] == pytest.approx(4, rel=0.2)
 
 
 MISTAKES = [
