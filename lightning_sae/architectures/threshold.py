@@ -185,7 +185,7 @@ class ThresholdSAE(SparseAutoencoder):
         copy.to(self.threshold.device).calibrate(x)
         copy.eval()
         width = getattr(self, "d_target", self.d_model)  # a transcoder's target is beside its input
-        whole = FractionOfVarianceUnexplained(width)
+        whole = FractionOfVarianceUnexplained(width).to(x.device)
         copy.record = {name: of for name, of in self.record.items() if name != "measured"}
         copy.record["measured"] = {
             "tokens_seen": int(self.tokens_seen),
