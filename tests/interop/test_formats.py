@@ -1,5 +1,7 @@
 """Folders of other libraries, by the name of the library."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,23 @@ import pytest
 from lightning_sae import UsageError
 from lightning_sae.interop import FORMATS, load_foreign
 from tests.helpers.foreign import there_and_back, trained
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_extra_brings_the_libraries_that_were_tried():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["interop"]
+    bounds = {re.match(r"[\w-]+", each)[0]: each for each in extra}
+    assert bounds.keys() == {"sae-lens", "dictionary-learning", "eai-sparsify"}
+    tried = (ROOT / "benchmarks" / "constraints.txt").read_text()
+    page = (ROOT / "docs" / "exchange.md").read_text()
+    assert "'.[interop]'" in page
+    assert "'.[interop]'" in (ROOT / ".ci" / "interop").read_text()
+    for name, bound in bounds.items():
+        assert "," in bound  # from the version that was tried up to another major one
+        (version,) = re.findall(rf"^{name}==(\d+\.\d+)", tried, re.MULTILINE)
+        assert f"{name} {version}" in page
 
 
 @pytest.mark.parametrize("name", FORMATS)
