@@ -59,6 +59,15 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
 
+def test_the_report_of_an_sae_that_ships_is_linked_to_and_in_the_place_of_no_page() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    page = (ROOT / "docs" / "report.md").read_text()
+    (name,) = re.findall(r'<a href="(\w+)\.html">', page)
+    assert f"report={name}.html\n" in ci
+    assert '--output "build/docs/$report"\n' in ci
+    assert not (ROOT / "docs" / f"{name}.md").exists()
+
+
 def test_each_local_link_of_the_readme_leads_somewhere() -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / "README.md").read_text())
     assert links
