@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_sae import (
     ChunkedAdam,
@@ -84,6 +85,31 @@ def test_tokens_times_features_are_never_in_memory(architecture: str):
         loss, _ = sae.loss(x)
         loss.backward()
         assert torch.cuda.max_memory_allocated() - before < tokens * features  # a quarter
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # of a step not taken
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_scaled_losses_of_float16_train(make):
+    torch.manual_seed(0)
+    # A fused Adam would unscale gradients itself, too late for them to be clipped.
+    sae = make(optimizer=partial(torch.optim.Adam, lr=3e-3))
+    trainer = pl.Trainer(
+        accelerator=ACCELERATOR,
+        devices=1,
+        precision="16-mixed",
+        max_epochs=10,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    x = DataLoader(superposition(8 * TOKENS, D_MODEL, 256, seed=0), batch_size=TOKENS)
+    trainer.fit(sae, x, x)
+    assert sae.W_dec.dtype == torch.float32
+    assert int(sae.tokens_seen) == 10 * 8 * TOKENS
+    assert trainer.callback_metrics["val/fvu"] < 1
 
 
 # ModelCheckpoint, which is told in another folder what it saved in the one before.

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from tests.helpers.architectures import activations, every_architecture
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:SWA is currently only supported every epoch",
     "ignore:Detected call of `lr_scheduler.step",
 )
-DTYPES = {  # but for 16-mixed, which a CPU has not
+DTYPES = {  # but for 16-mixed: see below
     "32-true": torch.float32,
     "bf16-mixed": torch.float32,
     "bf16-true": torch.bfloat16,
@@ -51,6 +52,21 @@ def test_every_precision_trains(make, precision: str):
     assert trainer.callback_metrics["val/fvu"] < 1
     norms = sae.state_dict()["decoder.weight"].float().norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-2, rtol=0)
+
+
+@every_architecture
+def test_scaled_losses_of_float16_train(make):
+    """Lightning takes `16-mixed` for `bf16-mixed` on a CPU, but not as a plugin."""
+    # A fused Adam would unscale gradients itself, too late for them to be clipped.
+    sae = make(optimizer=partial(torch.optim.Adam, lr=1e-2))
+    scaled = MixedPrecision("16-mixed", "cpu")
+    trainer = fit(sae, plugins=scaled, max_epochs=10, num_sanity_val_steps=0, gradient_clip_val=1.0)
+    assert sae.W_dec.dtype == torch.float32
+    assert trainer.global_step == 40
+    assert int(sae.tokens_seen) == 10 * 512
+    assert trainer.callback_metrics["val/fvu"] < 1
+    norms = sae.state_dict()["decoder.weight"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
 @every_architecture
