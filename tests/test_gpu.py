@@ -91,7 +91,6 @@ def test_tokens_times_features_are_never_in_memory(architecture: str):
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_scaled_losses_of_float16_train(make):
     torch.manual_seed(0)
-    # A fused Adam would unscale gradients itself, too late for them to be clipped.
     sae = make(optimizer=partial(torch.optim.Adam, lr=3e-3))
     trainer = pl.Trainer(
         accelerator=ACCELERATOR,
