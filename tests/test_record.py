@@ -28,7 +28,7 @@ def test_what_no_checkpoint_and_no_validation_noted_is_known_at_the_end(tmp_path
         sae = TopKSAE(activations.d_model, 64, 4)
         run = trainer(max_steps=2, max_epochs=-1, limit_val_batches=0)
         run.fit(sae, activations)
-        assert (activations.model._stream is not None) == loads_a_model
+        assert bool(activations.model._streams) == loads_a_model
         in_training = run.callback_metrics["train/l0"].item()
         assert sae.record["measured"] == {"l0_in_training": in_training}
 
