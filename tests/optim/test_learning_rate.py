@@ -12,6 +12,8 @@ from lightning_sae import MutualChoiceSAE
 from tests.helpers.architectures import D_MODEL, N_FEATURES, K, activations, every_architecture
 
 STEPS = 4
+SHARES = [1.0, *((1 - step / STEPS) / 0.95 for step in range(1, STEPS))]
+"""Of the highest rate, by step: a warm-up of a twentieth is over at once."""
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step` but have no",
     # of Lightning's search, whose schedule steps by itself
@@ -64,7 +66,7 @@ def test_a_tuner_finds_a_rate_and_the_run_after_it_begins_with_it(make, tmp_path
     assert all(value.equal(after[name]) or value.isnan().all() for name, value in before.items())
     rates.seen.clear()
     run.fit(sae, loader())
-    assert rates.seen == pytest.approx([found * (1 - step / STEPS) for step in range(STEPS)])
+    assert rates.seen == pytest.approx([found * share for share in SHARES])
 
 
 def test_the_callback_finds_the_same_and_schedules_keep_to_it(tmp_path):
@@ -98,7 +100,7 @@ def test_a_rate_that_is_set_by_hand_is_the_first(tmp_path):
     assert sae.lr is None
     sae.lr = 0.25
     trainer(tmp_path, rates).fit(sae, loader())
-    assert rates.seen == [0.25, 0.1875, 0.125, 0.0625]
+    assert rates.seen == pytest.approx([0.25 * share for share in SHARES])
 
 
 def test_one_that_is_set_in_a_run_is_that_of_the_rest(tmp_path):
@@ -110,5 +112,5 @@ def test_one_that_is_set_in_a_run_is_that_of_the_rest(tmp_path):
     sae, rates = MutualChoiceSAE(D_MODEL, N_FEATURES, K), Rates()
     sae.lr = 0.25
     trainer(tmp_path, Change(), rates).fit(sae, loader())
-    assert rates.seen[:2] == [0.25, 0.1875]
-    assert rates.seen[3] == 0.5 * (1 - 3 / STEPS)
+    assert rates.seen[:2] == pytest.approx([0.25 * share for share in SHARES[:2]])
+    assert rates.seen[3] == pytest.approx(0.5 * SHARES[3])
