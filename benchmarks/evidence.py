@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Feature Choice, uniform": ("FeatureChoiceSAE", {"budgets": "uniform"}),
     "Feature Choice, rank_discount 0": ("FeatureChoiceSAE", {"rank_discount": 0}),
     "Standard, resampled": ("StandardSAE", WANTED_L0),
-    "JumpReLU": ("JumpReLUSAE", {}),
+    "JumpReLU": ("JumpReLUSAE", {"bandwidth": 0.03}),  # more than a step, as in jumprelu.yaml
     "Gated": ("GatedSAE", {}),
     "Matryoshka": ("MutualChoiceSAE", {"prefixes": (1 / 32, 3 / 32, 7 / 32, 15 / 32)}),
 }

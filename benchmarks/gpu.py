@@ -136,7 +136,7 @@ def profile(architecture: str, size: Size, precision: str, x: torch.Tensor) -> d
 def run_tests() -> tuple[str, bool]:
     """Run the tests for GPUs; return the end of what they say, and whether they pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
-    done = subprocess.run(command, cwd=TESTS.parent.parent, capture_output=True, text=True)  # noqa: S603  # ours
+    done = subprocess.run(command, cwd=TESTS.parent.parent, capture_output=True, text=True)  # noqa: S603  # our own tests
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
     return "\n".join(lines[-12:]), done.returncode == 0
 

@@ -6,12 +6,14 @@ They are small, and their matrices are rounded to float16, to be shipped: for ex
 Half an hour on two cores.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import lightning.pytorch as pl
 import torch
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LinearLR
 
 from lightning_sae import (
     ActivationDataModule,
@@ -45,7 +47,8 @@ def main() -> None:
     }.items():
         data = ActivationDataModule("quickstart", layer=LAYER, batch_size=2048, cache_dir=CACHE)
         pl.seed_everything(0)
-        sae = kind(data.d_model, N_FEATURES, argument)
+        decay = partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=STEPS)
+        sae = kind(data.d_model, N_FEATURES, argument, lr_scheduler=decay)
         sae.lr = 2e-3
         trainer = pl.Trainer(
             max_steps=STEPS,
