@@ -135,7 +135,9 @@ def profile(architecture: str, size: Size, precision: str, x: torch.Tensor) -> d
 
 def run_tests() -> tuple[str, bool]:
     """Run the tests for GPUs; return the end of what they say, and whether they pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    # Not by the options of the project: some are a plugin's, which these tests do not need.
+    options = ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(TESTS)]
     done = subprocess.run(command, cwd=TESTS.parent.parent, capture_output=True, text=True)  # noqa: S603  # our own tests
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
     return "\n".join(lines[-12:]), done.returncode == 0
