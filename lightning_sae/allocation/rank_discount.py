@@ -47,5 +47,18 @@ class RankDiscount:
     def share(self, token: Tensor, score: Tensor) -> Tensor:
         """Return which share of themselves scores are worth, shape (pairs,), at most 1."""
         order, place = places(token, score)
-        shares = (self.k / (place + 1).to(score.dtype)).clamp(max=1) ** self.exponent
-        return torch.empty_like(score).index_put((order,), shares)
+        return torch.empty_like(score).index_put((order,), self._of_places(place.to(score.dtype)))
+
+    def shares(self, scores: Tensor) -> Tensor:
+        """Return the same of all scores of tokens, both of shape (..., features).
+
+        Example:
+            >>> RankDiscount(k=1).shares(torch.tensor([[3.0, 5.0, 4.0]]))
+            tensor([[0.3333, 1.0000, 0.5000]])
+        """
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        place = torch.arange(scores.shape[-1], dtype=scores.dtype, device=scores.device)
+        return torch.empty_like(scores).scatter(-1, order, self._of_places(place).expand_as(order))
+
+    def _of_places(self, place: Tensor) -> Tensor:
+        return (self.k / (place + 1)).clamp(max=1) ** self.exponent

@@ -50,8 +50,8 @@ class ThresholdSAE(SparseAutoencoder):
         importance: What pairs are ranked by: `lightning_sae.allocation.Importance`.
         rank_discount: How fast a token's matches beyond its k-th count for less: its r-th by
             `(k / r) ** rank_discount`, as in `lightning_sae.allocation.RankDiscount`. Ours, and
-            better: 0 ranks by scores alone, as the paper does and BatchTopK, and is what formats of
-            other libraries can say; `without_discount` gets there from a trained SAE.
+            better: 0 ranks by scores alone, as the paper does and BatchTopK, and is all that other
+            libraries know by themselves; `without_discount` gets there from a trained SAE.
         scope: Under data parallelism, whether all ranks' tokens share the budget, or each rank has
             its own: `lightning_sae.architectures.threshold.Scope`.
         options: Those of `lightning_sae.SparseAutoencoder`.
@@ -234,17 +234,11 @@ class ThresholdSAE(SparseAutoencoder):
         """Return that affinities above the threshold are the code.
 
         Raises:
-            UsageError: If pairs are ranked by something else than a multiple of the affinity, or
-                for less beside others of their token.
+            UsageError: If pairs are ranked by something else than a multiple of the affinity.
         """
         require_plain(self.importance)
-        if self.discount is not None:
-            raise UsageError(
-                f"rank_discount={self.rank_discount} depends on more than affinities, and no other "
-                "library knows it: export with without_discount=true, which takes its place by a "
-                "threshold alone and says what that costs"
-            )
-        return Gate(threshold=self.threshold, relative=self.importance == "token_norm")
+        relative = self.importance == "token_norm"
+        return Gate(threshold=self.threshold, relative=relative, discount=self.discount)
 
     def observe(self, scores: Scores, choice: Choice) -> None:
         """Move the threshold towards what this batch was cut at."""

@@ -31,8 +31,8 @@ def export_sae(
         to: The library. Where it is installed it loads what was written itself.
         output: Folder to write to.
         tokens: Held-out tokens of what the SAE was trained on to compare on, beside random ones.
-        without_discount: Whether an SAE with a `rank_discount`, which no other library knows, is
-            written with one of 0, its thresholds set anew on these tokens.
+        without_discount: Whether an SAE with a `rank_discount`, which no other library knows by
+            itself, is written with one of 0, its thresholds set anew on these tokens.
     """
     require_positive(tokens=tokens)
     sae = trained(ckpt_path)
@@ -41,6 +41,9 @@ def export_sae(
         sae = _without_discount(sae, real)
     for comparison in interop.export(sae, to, output, real):
         print(comparison)
+    if isinstance(sae, ThresholdSAE) and sae.rank_discount:
+        print(f"{to} loads it with this package beside it, as its README.md says; what")
+        print("--without_discount=true would write, it loads alone.")
     print(f"{output} is for {to}.")
 
 

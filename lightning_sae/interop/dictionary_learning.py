@@ -16,7 +16,11 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
-from lightning_sae.interop.folded import FoldedSAE, without_gates
+from lightning_sae.interop.folded import (
+    FoldedSAE,
+    require_plain_thresholds,
+    without_gates,
+)
 
 __all__ = ["LIBRARY", "loading", "read", "run", "write"]
 
@@ -37,17 +41,13 @@ def write(folded: FoldedSAE, folder: Path) -> None:
     """Write `config.json` and `ae.pt`.
 
     Raises:
-        UsageError: If the SAE normalises each token, or has thresholds relative to its length.
+        UsageError: If the SAE normalises each token, or has thresholds that are more than numbers.
     """
     if folded.unit_length:
         raise UsageError(
             "to=dictionary_learning: it cannot normalise tokens (normalize_inputs='token')"
         )
-    if folded.gate.relative:
-        raise UsageError(
-            "to=dictionary_learning: it has no thresholds relative to a token's length "
-            "(importance='token_norm')"
-        )
+    require_plain_thresholds(folded.gate, "dictionary_learning")
     kind, state = _kind(folded), {}
     if kind == "JumpReluAutoEncoder":
         state = {

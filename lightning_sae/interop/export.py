@@ -35,7 +35,7 @@ class Comparison:
         error: Largest absolute difference of the reconstructions, over the activations' spread.
             Tokens `near_a_tie` are left out.
         near_a_tie: Tokens of which the two have other features, all of them within rounding of the
-            threshold, or of the k-th largest affinity.
+            threshold, or of the k-th largest affinity, or of each other where places count.
         l0: Features that fire on a token, here and there.
         fvu: Share of the variance that is not reconstructed, here and there.
         by: Who computed the other one.
@@ -151,6 +151,13 @@ def compare(
         affinities, cut = fold(sae).affinities(x)
     rounding = TOLERANCE * affinities.abs().amax(1, keepdim=True)
     ties = differ.any(1) & (~differ | ((affinities - cut).abs() <= rounding)).all(1)
+    gate = sae.gate()
+    if gate.discount is not None and gate.threshold is not None:
+        # And which of two that are alike is ranked first, so that the other needs more.
+        multiples = affinities / gate.threshold.cpu().clamp_min(torch.finfo().tiny)
+        least = multiples.masked_fill(~differ, math.inf).amin(1)
+        most = multiples.masked_fill(~differ, -math.inf).amax(1)
+        ties |= (differ.sum(1) > 1) & (most - least <= TOLERANCE * most)
     variance = (target - target.mean(0)).square().mean()
     error = (reconstruction - other_reconstruction).abs().amax(1)[~ties]
     return Comparison(

@@ -24,11 +24,10 @@ from lightning_sae.core.gate import Gate
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["RELATIVE", "FoldedSAE", "fold", "unfold", "without_gates"]
+__all__ = ["OWN", "FoldedSAE", "fold", "require_plain_thresholds", "unfold", "without_gates"]
 
-RELATIVE: Final = "token_norm_jumprelu"
-"""What formats that say a class by its name call one with thresholds relative to a token's length:
-nobody else has it."""
+OWN: Final = "lightning_sae_jumprelu"
+"""What formats that say a class by its name call one with thresholds that nobody else has."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,11 @@ class FoldedSAE:
             x: Activations, shape (tokens, d_model).
 
         Returns:
-            The affinities, and the least that are in a code, or the most that are not: (tokens, 1)
-            or (tokens, n_features), or 0-d.
+            The affinities, and `Gate.cut` of them.
         """
         centred = x.float() / self._lengths(x) - self.decoder_bias
         affinities = centred @ self.encoder_weight.T + self.encoder_bias
-        cut = x.new_zeros(())
-        if self.gate.k is not None:
-            cut = affinities.topk(self.gate.k, dim=1).values[:, -1:]
-        elif self.gate.threshold is not None:
-            scale = centred.norm(dim=1, keepdim=True) if self.gate.relative else 1.0
-            cut = (self.gate.threshold * scale).float()
-        return affinities, cut.clamp_min(0)
+        return affinities, self.gate.cut(affinities, centred.norm(dim=1, keepdim=True))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return dense codes (tokens, n_features) and reconstructions of activations x.
@@ -112,6 +104,25 @@ class FoldedSAE:
             return x.new_ones((), dtype=torch.float32)
         lengths: Tensor = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True)
         return lengths.clamp_min(1e-12) / math.sqrt(x.shape[1])
+
+
+def require_plain_thresholds(gate: Gate, to: str) -> None:
+    """Raise UsageError if thresholds are more than a number a feature, for what knows no others.
+
+    Args:
+        gate: What is to be written.
+        to: Whose format it is.
+    """
+    if gate.relative and gate.k is None:
+        raise UsageError(
+            f"to={to}: it has no thresholds relative to a token's length (importance='token_norm')"
+        )
+    if gate.discount is not None:
+        raise UsageError(
+            f"to={to}: it knows no rank_discount={gate.discount.exponent}: export with "
+            "without_discount=true, which takes its place by thresholds alone and says what that "
+            "costs"
+        )
 
 
 def without_gates(
@@ -237,6 +248,8 @@ def _of_the_class(folded: FoldedSAE, k: int | None) -> SparseAutoencoder:
     if gate.threshold is None or not gate.threshold.any():
         return StandardSAE(d_model, n_features, **normalize)
     l0 = folded.record.get("measured", {}).get("l0")
+    if k is None and gate.discount is not None:
+        k = gate.discount.k
     if k is None:
         if l0 is None:
             raise UsageError("k is not known: say how many matches per token are expected")
@@ -250,7 +263,8 @@ def _of_the_class(folded: FoldedSAE, k: int | None) -> SparseAutoencoder:
             return trained(d_model, n_features, k, **normalize)
     kind = MutualChoiceSAE if one else FeatureChoiceSAE
     importance: Any = "token_norm" if gate.relative else "affinity"
-    return kind(d_model, n_features, k, rank_discount=0, importance=importance, **normalize)
+    exponent = 0.0 if gate.discount is None else gate.discount.exponent
+    return kind(d_model, n_features, k, rank_discount=exponent, importance=importance, **normalize)
 
 
 def _scale(sae: SparseAutoencoder) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
-from lightning_sae.interop.folded import FoldedSAE
+from lightning_sae.interop.folded import FoldedSAE, require_plain_thresholds
 from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["LIBRARY", "loading", "read", "run", "write"]
@@ -39,14 +39,10 @@ def write(folded: FoldedSAE, folder: Path) -> None:
     """Write `config.json` and `sae_weights.safetensors`.
 
     Raises:
-        UsageError: If thresholds are relative to a token's length, or one is zero.
+        UsageError: If thresholds are more than numbers, or one is zero.
     """
     gate = folded.gate
-    if gate.k is None and gate.relative:
-        raise UsageError(
-            "to=openmoss: it has no thresholds relative to a token's length "
-            "(importance='token_norm')"
-        )
+    require_plain_thresholds(gate, "openmoss")
     if gate.threshold is not None and not bool((gate.threshold > 0).all()):
         raise UsageError("to=openmoss: it keeps the logarithm of thresholds, and one here is 0")
     tensors = {

@@ -1,13 +1,15 @@
 """SAELens (https://github.com/decoderesearch/SAELens): `SAE.load_from_disk(folder)`.
 
-As of sae-lens 6.54. Thresholds relative to a token's length, which no class of SAELens has, are
-written for one that `lightning_sae.interop.saelens_adapter` registers there.
+As of sae-lens 6.54. Thresholds that no class of SAELens has, relative to a token's length or
+higher for a token's matches beyond its k-th, are written for one that
+`lightning_sae.interop.saelens_adapter` registers there.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +19,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_sae.allocation import RankDiscount
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
-from lightning_sae.interop.folded import RELATIVE, FoldedSAE, without_gates
+from lightning_sae.interop.folded import OWN, FoldedSAE, without_gates
 from lightning_sae.sites import site_of
 from lightning_sae.tensor_files import save_tensors
 
@@ -40,10 +43,10 @@ HOOKS: Final = {"hook_name": "transformer_lens_", "hf_hook_name": ""}
 def loading(folded: FoldedSAE) -> str:
     """Return the lines of Python that load it with the library."""
     own = ""
-    if folded.gate.relative:
+    if _is_own(folded.gate):
         own = """from lightning_sae.interop import saelens_adapter
 
-saelens_adapter.register()  # thresholds relative to a token's length, which SAELens lacks
+saelens_adapter.register()  # a kind of thresholds that SAELens lacks
 """
     return f"""from sae_lens import SAE
 
@@ -66,7 +69,11 @@ def write(folded: FoldedSAE, folder: Path) -> None:
     if gate.k is not None:
         special = {"architecture": "topk", "k": gate.k, "rescale_acts_by_decoder_norm": False}
     elif gate.threshold is not None:
-        special = {"architecture": RELATIVE if gate.relative else "jumprelu"}
+        special = {"architecture": "jumprelu"}
+        if _is_own(gate):
+            special = {"architecture": OWN, "token_norm": gate.relative}
+        if gate.discount is not None:
+            special |= {"k": gate.discount.k, "rank_discount": gate.discount.exponent}
         tensors["threshold"] = gate.threshold
     config = special | {
         "d_in": d_model,
@@ -108,7 +115,7 @@ def read(folder: Path) -> FoldedSAE:
         lengths = w_dec.norm(dim=1, keepdim=True)
         w_enc, b_enc, w_dec = w_enc * lengths, b_enc * lengths.squeeze(1), w_dec / lengths
     if gate.threshold is not None and not gated:
-        gate = Gate(threshold=tensors["threshold"].float(), relative=gate.relative)
+        gate = replace(gate, threshold=tensors["threshold"].float())
     metadata = config.get("metadata", {})
     path = folder / SPARSITY
     folded = FoldedSAE(
@@ -171,11 +178,21 @@ def _gate(config: dict[str, Any]) -> Gate:
         raise UsageError(f"reshape_activations={config['reshape_activations']!r} is not read")
     if architecture == "topk":
         return Gate(k=int(config["k"]))
-    if architecture in ("jumprelu", RELATIVE, GATED):
-        return Gate(threshold=torch.empty(0), relative=architecture == RELATIVE)
+    if architecture in ("jumprelu", GATED):
+        return Gate(threshold=torch.empty(0))
+    if architecture == OWN:
+        exponent = config.get("rank_discount", 0.0)
+        discount = RankDiscount(int(config["k"]), exponent) if exponent else None
+        relative = bool(config.get("token_norm"))
+        return Gate(threshold=torch.empty(0), relative=relative, discount=discount)
     if architecture == "standard":
         return Gate()
     raise UsageError(f"architecture={architecture!r} of {CONFIG} is not read")
+
+
+def _is_own(gate: Gate) -> bool:
+    """Return whether no class of SAELens has such thresholds."""
+    return gate.threshold is not None and (gate.relative or gate.discount is not None)
 
 
 def _hook_name(folded: FoldedSAE) -> str:

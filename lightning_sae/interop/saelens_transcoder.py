@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lightning_sae.architectures import Transcoder
 from lightning_sae.checks import UsageError
+from lightning_sae.interop.folded import require_plain_thresholds
 from lightning_sae.interop.saelens import CONFIG, UNIT_LENGTH, WEIGHTS, metadata_of
 from lightning_sae.tensor_files import save_tensors
 
@@ -41,11 +42,12 @@ def write(transcoder: Transcoder, folder: Path) -> None:
         UsageError: If no class of SAELens is the same.
     """
     gate = transcoder.gate()
-    if gate.threshold is None or gate.relative:
+    if gate.threshold is None:
         raise UsageError(
-            f"{type(transcoder).__name__}: SAELens has transcoders with a threshold for affinities "
-            "alone, none that takes the k largest or divides by a token's length"
+            f"{type(transcoder).__name__}: SAELens has transcoders with thresholds, none "
+            "that takes the k largest"
         )
+    require_plain_thresholds(gate, "saelens, of a transcoder")
     if gate.threshold.isnan().any():
         raise UsageError(f"threshold of {type(transcoder).__name__} is not calibrated: train it")
     like = torch.ones(1, transcoder.d_model, device=transcoder.input_scale.device)

@@ -14,9 +14,11 @@ from tests.allocation.brute_force import affinities, check, discounted, thorough
 @given(affinities(), st.integers(1, 5), st.sampled_from([0.0, 0.5, 1.0, 3.0]))
 def test_is_a_loop_over_tokens(affinity: Tensor, k: int, exponent: float):
     token, feature = (affinity > 0).nonzero(as_tuple=True)
-    worth = RankDiscount(k, exponent)(token, affinity[token, feature])
-    expected = discounted(affinity, k, exponent)[token, feature]
-    torch.testing.assert_close(worth, expected)
+    discount, expected = RankDiscount(k, exponent), discounted(affinity, k, exponent)
+    worth = discount(token, affinity[token, feature])
+    torch.testing.assert_close(worth, expected[token, feature])
+    dense = affinity * discount.shares(affinity)
+    torch.testing.assert_close(dense[token, feature], expected[token, feature])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

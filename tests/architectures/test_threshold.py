@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_sae import MutualChoiceSAE, UsageError
+from lightning_sae import MutualChoiceSAE
+from lightning_sae.core.gate import Gate
 from tests.helpers.architectures import chosen
 from tests.helpers.superposition import superposition
 
@@ -93,11 +94,10 @@ def test_without_its_discount_an_sae_has_as_many_matches_and_a_gate():
     x = superposition(3000, 8, n_features=16, seed=1)
     sae.loss(x)
     sae.record = {"trained_on": {"layer": 2}, "measured": {"fvu": 0.1}}
-    with pytest.raises(UsageError, match=r"rank_discount=1.0 depends on more than affinities"):
-        sae.gate()
+    assert sae.gate().discount == sae.discount
     plain = sae.without_discount(x)
     assert plain.hparams["rank_discount"] == 0
-    assert plain.gate().threshold is plain.threshold
+    assert plain.gate() == Gate(threshold=plain.threshold)
     assert len(plain.match(x)) == 3 * 3000
     assert plain.record["trained_on"] == {"layer": 2}
     fvu = ((x - plain(x)).square().mean() / (x - x.mean(0)).square().mean()).item()

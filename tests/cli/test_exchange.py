@@ -54,14 +54,14 @@ def test_a_discount_is_left_out_if_that_is_asked_for(capsys):
     sae.loss(torch.randn(512, 256))
     sae.record = QUICKSTART
     sae.save_pretrained("mine")
-    line = ["export", "--ckpt_path=mine", "--to=saelens", "--tokens=500"]
-    with pytest.raises(SystemExit, match="export with without_discount=true"):
+    line = ["export", "--ckpt_path=mine", "--to=openmoss", "--tokens=500"]
+    with pytest.raises(SystemExit, match=r"rank_discount=1\.0: export with without_discount=true"):
         main([*line, "--output=theirs"])
     main([*line, "--output=theirs", "--without_discount=true"])
     cost, _, real, _ = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"FVU of the SAE \d\.\d{4}, without the discount \d\.\d{4}", cost)
     assert "L0 4.000 here, 4.000 by" in real
-    again = unfold(load_foreign("saelens:theirs"), k=4)
+    again = unfold(load_foreign("openmoss:theirs"), k=4)
     assert isinstance(again, MutualChoiceSAE)
     assert again.discount is None
     TopKSAE(256, 64, 4).save_pretrained("plain")

@@ -14,8 +14,10 @@ from tests.helpers.foreign import assert_same, every_kind, tokens, trained
 @every_kind
 @pytest.mark.parametrize("importance", ["affinity", "token_norm"])
 @pytest.mark.parametrize("normalize_inputs", ["average", "token"])
-def test_it_does_what_the_sae_does(kind: str, importance: str, normalize_inputs: str):
+@pytest.mark.parametrize("rank_discount", [0.0, 1.0])
+def test_it_does_what_the_sae_does(kind, importance, normalize_inputs, rank_discount):
     options = {} if kind in ("standard", "jumprelu", "gated") else {"importance": importance}
+    options |= {"rank_discount": rank_discount} if "choice" in kind else {}
     sae, x = trained(kind, normalize_inputs=normalize_inputs, **options), tokens()
     codes, reconstruction = fold(sae)(x)
     same = ((codes > 0) == (sae.encode(x) > 0)).all(1)

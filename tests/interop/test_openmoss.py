@@ -30,6 +30,8 @@ def test_thresholds_that_were_trained_come_back_as_those_of_feature_choice(tmp_p
 def test_what_it_cannot_say_is_refused(tmp_path: Path):
     sae = trained("mutual_choice", importance="token_norm")
     assert "no thresholds relative to a token's length" in refusal(sae, "openmoss", tmp_path)
+    sae = trained("mutual_choice", rank_discount=1.0)
+    assert "it knows no rank_discount=1.0: export with" in refusal(sae, "openmoss", tmp_path)
     sae = trained("feature_choice_zipf")
     sae.threshold[3] = 0
     assert "the logarithm of thresholds, and one here is 0" in refusal(sae, "openmoss", tmp_path)

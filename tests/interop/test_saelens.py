@@ -30,15 +30,27 @@ def test_every_architecture_can_leave_and_come_back(kind, normalize_inputs, tmp_
     assert_same(sae, there_and_back(sae, "saelens", tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["topk", "mutual_choice", "feature_choice_zipf"])
+OWN = [{"importance": "token_norm"}, {"rank_discount": 0.6}]
+OWN.append(OWN[0] | OWN[1])
+
+
+@pytest.mark.parametrize("kind", ["mutual_choice", "feature_choice_zipf"])
 @pytest.mark.parametrize("normalize_inputs", ["average", "token"])
-def test_thresholds_relative_to_length_have_a_class_of_their_own(kind, normalize_inputs, tmp_path):
-    sae = trained(kind, importance="token_norm", normalize_inputs=normalize_inputs)
+@pytest.mark.parametrize("options", OWN)
+def test_thresholds_that_saelens_lacks_have_a_class(kind, normalize_inputs, options, tmp_path):
+    sae = trained(kind, normalize_inputs=normalize_inputs, **options)
     again = there_and_back(sae, "saelens", tmp_path)
     assert_same(sae, again)
+    assert again.hparams["rank_discount"] == options.get("rank_discount", 0)
+    assert again.hparams["importance"] == options.get("importance", "affinity")
     config = json.loads((tmp_path / "cfg.json").read_text())
-    # A factor for each token does not change which of its affinities are the largest.
-    assert config["architecture"] == ("topk" if kind == "topk" else "token_norm_jumprelu")
+    assert config["architecture"] == "lightning_sae_jumprelu"
+
+
+def test_a_factor_for_each_token_does_not_change_which_are_its_largest(tmp_path: Path):
+    sae = trained("topk", importance="token_norm")
+    assert_same(sae, there_and_back(sae, "saelens", tmp_path))
+    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == "topk"
 
 
 def test_what_is_known_goes_with_it(tmp_path: Path):
@@ -178,13 +190,13 @@ def test_saelens_loads_it(kind: str, importance: str, tmp_path: Path):
     torch.testing.assert_close(loaded(x)[same], sae(x)[same], rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("importance", ["affinity", "token_norm"])
-def test_the_lines_on_its_card_load_it(importance: str, tmp_path: Path):
+@pytest.mark.parametrize("options", [{}, *OWN])
+def test_the_lines_on_its_card_load_it(options: dict, tmp_path: Path):
     pytest.importorskip("sae_lens")
-    sae = trained("mutual_choice", importance=importance)
+    sae = trained("mutual_choice", **options)
     there_and_back(sae, "saelens", tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert ("saelens_adapter.register()" in card) == (importance == "token_norm")
+    assert ("saelens_adapter.register()" in card) == bool(options)
     same = (as_its_card_says(tmp_path, tokens())["codes"] > 0) == (sae.encode(tokens()) > 0)
     assert same.all(1).sum() >= len(tokens()) - 2
 

@@ -19,13 +19,16 @@ from tests.helpers.foreign import tokens, trained
 from tests.helpers.hub import serving
 
 
-def test_it_is_registered_once_and_computes_what_ours_does(tmp_path):
-    sae, x = trained("mutual_choice", importance="token_norm"), tokens()
+@pytest.mark.parametrize(
+    "options", [{"importance": "token_norm"}, {"rank_discount": 1.0}, {"rank_discount": 0.5}]
+)
+def test_it_is_registered_once_and_computes_what_ours_does(options, tmp_path):
+    sae, x = trained("mutual_choice", **options), tokens()
     export(sae, "saelens", tmp_path)
     saelens_adapter.register()
     saelens_adapter.register()
     loaded = SAE.load_from_disk(tmp_path)
-    assert isinstance(loaded, saelens_adapter.TokenNormJumpReLUSAE)
+    assert isinstance(loaded, saelens_adapter.GeneralJumpReLUSAE)
     torch.testing.assert_close(loaded(x.view(2, -1, 16)).view(-1, 16), loaded(x))
     same = ((loaded.encode(x) > 0) == (sae.encode(x) > 0)).all(1)
     torch.testing.assert_close(loaded(x)[same], sae(x)[same], rtol=1e-5, atol=1e-3)

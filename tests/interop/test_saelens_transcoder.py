@@ -37,7 +37,7 @@ def pair(tokens: int, seed: int) -> torch.Tensor:
 def trained(kind: str, **options):
     torch.manual_seed(0)
     made, own = KINDS[kind]
-    sae = made(16, 48, k=4, d_target=12, **own, **options)
+    sae = made(16, 48, k=4, d_target=12, **(own | options))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(6):
         loss, _ = sae.loss(pair(512, seed=step))
@@ -77,8 +77,19 @@ def test_both_hooks_are_told(tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "options", "to", "message"),
     [
-        ("topk", {}, "saelens", "TopKTranscoder: SAELens has transcoders with a threshold"),
-        ("mutual", {"importance": "token_norm"}, "saelens", "MutualChoiceTranscoder: SAELens has"),
+        ("topk", {}, "saelens", "TopKTranscoder: SAELens has transcoders with thresholds, none"),
+        (
+            "mutual",
+            {"importance": "token_norm"},
+            "saelens",
+            "to=saelens, of a transcoder: .* length",
+        ),
+        (
+            "mutual",
+            {"rank_discount": 1.0},
+            "saelens",
+            "to=saelens, of a transcoder: .*_discount=1.0",
+        ),
         ("jumprelu", {}, "sparsify", "JumpReLUTranscoder reconstructs something else than it"),
     ],
 )
