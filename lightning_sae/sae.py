@@ -115,15 +115,16 @@ class SparseAutoencoder(PretrainedAutoencoder):
         `update` takes those that it names. Every number in what they compute is logged: a metric's
         as `val/<name>` and `test/<name>`, those of a dictionary under its own keys.
         """
-        ranks = self.layout.ranks
-        return of_a_dictionary(self.d_model, self.n_features, process_group=ranks.group)
+        group = self.layout.ranks.group
+        return of_a_dictionary(self.d_model, self.n_features, self.prefixes, process_group=group)
 
     def measure(self, x: Tensor) -> Encoded:
         """Measure on activations, (..., d_model), and return what was made of them."""
         x = x.reshape(-1, x.shape[-1])
         matches = self.match(x)
         reconstruction = self.reconstruct(matches) / self.scales(x)
-        self._metrics[0].update(codes=matches, reconstruction=reconstruction, activations=x)
+        made = {"codes": matches, "reconstruction": reconstruction, "activations": x}
+        self._metrics[0].update(**made, prefix_errors=self.prefix_errors(x, matches))
         return Encoded(matches, reconstruction)
 
     def measured(self) -> dict[str, Tensor]:

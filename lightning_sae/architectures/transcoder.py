@@ -22,6 +22,7 @@ from lightning_sae.core.input_scaling import ScaledInputs
 from lightning_sae.core.loading import require_finite, taken_from
 from lightning_sae.matches import Matches
 from lightning_sae.metrics import FractionOfVarianceUnexplained
+from lightning_sae.metrics.prefix_fvu import of_prefixes
 from lightning_sae.numerics import typed_as
 from lightning_sae.parallel import local, wide_rows
 from lightning_sae.sae import Encoded, SparseAutoencoder
@@ -171,17 +172,19 @@ class Transcoder(SparseAutoencoder):
         return typed_as(found + self.skipped(like) / self.scales(), codes)
 
     def configure_metrics(self) -> dict[str, Metric]:
-        """Return the metrics of a validation or test, of which `fvu` is of the target."""
+        """Return the metrics of a validation or test, of which FVUs are of the target."""
         group = self.layout.ranks.group
         fvu = FractionOfVarianceUnexplained(self.d_target, process_group=group)
-        return super().configure_metrics() | {"fvu": fvu}
+        of_target = of_prefixes(self.d_target, self.prefixes, process_group=group)
+        return super().configure_metrics() | {"fvu": fvu} | of_target
 
     def measure(self, x: Tensor) -> Encoded:
         """Measure on inputs with targets beside them, and return what was made of them."""
         x = x.reshape(-1, x.shape[-1])
         matches = self.match(x)
         found = self.reconstruct_targets(x, matches)
-        self._metrics[0].update(codes=matches, reconstruction=found, activations=self._both(x)[1])
+        made = {"codes": matches, "reconstruction": found, "activations": self._both(x)[1]}
+        self._metrics[0].update(**made, prefix_errors=self.prefix_errors(x, matches))
         return Encoded(matches, self._as_given(x, found))
 
     def take_over(self, state_dict: Mapping[str, Tensor]) -> None:

@@ -67,6 +67,18 @@ class NestedDictionary(Dictionary):
         """
         return scaled, scaled
 
+    def prefix_errors(self, x: Tensor, matches: Matches) -> list[Tensor]:
+        """Return what each smaller dictionary leaves of activations, in their own units.
+
+        Args:
+            x: Activations, shape (tokens, d_model).
+            matches: Those of their tokens.
+        """
+        if not self.prefixes:
+            return []
+        _, target = self.targets(x, self.scaled(x))
+        return [error / self.scales(x) for error in self.errors(target, matches)[:-1]]
+
     def errors(self, target: Tensor, matches: Matches) -> list[Tensor]:
         """Return what each dictionary leaves of activations, (tokens, d_model); the last is whole.
 

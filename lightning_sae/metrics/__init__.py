@@ -11,6 +11,7 @@ from lightning_sae.metrics.fraction_of_variance_unexplained import FractionOfVar
 from lightning_sae.metrics.l0 import L0, L0StandardDeviation
 from lightning_sae.metrics.loss_recovered import LossRecovered, loss_recovered
 from lightning_sae.metrics.next_token_losses import next_token_losses
+from lightning_sae.metrics.prefix_fvu import PrefixFVU
 from lightning_sae.metrics.tokens import TokenCount
 from lightning_sae.metrics.zipf import ZipfStatistics, zipf_statistics
 
@@ -24,6 +25,7 @@ __all__ = [
     "FractionOfVarianceUnexplained",
     "L0StandardDeviation",
     "LossRecovered",
+    "PrefixFVU",
     "TokenCount",
     "TotalsMetric",
     "ZipfStatistics",

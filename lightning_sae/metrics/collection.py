@@ -1,6 +1,6 @@
 """The metrics of one validation: which there are, which share their counts, what they compute."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lightning_sae.metrics.dead import DeadFeatures
 from lightning_sae.metrics.density import FeatureDensity
 from lightning_sae.metrics.fraction_of_variance_unexplained import FractionOfVarianceUnexplained
 from lightning_sae.metrics.l0 import L0, L0StandardDeviation
+from lightning_sae.metrics.prefix_fvu import of_prefixes
 from lightning_sae.metrics.tokens import TokenCount
 from lightning_sae.metrics.zipf import ZipfStatistics
 
@@ -20,12 +21,15 @@ SHARING_COUNTS = ((L0, L0StandardDeviation), (DeadFeatures, FeatureDensity, Zipf
 """Metrics that every dictionary has, in groups whose counts are the same."""
 
 
-def of_a_dictionary(d_model: int, n_features: int, **options: Any) -> dict[str, Metric]:
+def of_a_dictionary(
+    d_model: int, n_features: int, prefixes: Sequence[int] | None = None, **options: Any
+) -> dict[str, Metric]:
     """Return the metrics that every dictionary has, by name.
 
     Args:
         d_model: Width of the activations.
         n_features: Size of the dictionary.
+        prefixes: Sizes of those within it, `lightning_sae.core.nested`.
         options: What every `torchmetrics.Metric` takes.
     """
     return {
@@ -36,6 +40,7 @@ def of_a_dictionary(d_model: int, n_features: int, **options: Any) -> dict[str, 
         "feature_density": FeatureDensity(n_features, **options),
         "zipf": ZipfStatistics(n_features, **options),
         "tokens": TokenCount(**options),
+        **of_prefixes(d_model, prefixes, **options),
     }
 
 
