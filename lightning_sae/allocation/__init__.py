@@ -20,7 +20,7 @@ are ever in memory, and the matches' values are their scores. Rules whose budget
 
 from lightning_sae.allocation.budgets import round_budgets, shared_out, zipf_budgets
 from lightning_sae.allocation.choice import Choice
-from lightning_sae.allocation.common_threshold import common_threshold
+from lightning_sae.allocation.common_threshold import common_threshold, cut_above
 from lightning_sae.allocation.feature_choice import feature_choice, feature_choice_counting
 from lightning_sae.allocation.importance import Importance, score
 from lightning_sae.allocation.mutual_choice import mutual_choice
@@ -42,6 +42,7 @@ __all__ = [
     "Scores",
     "TensorScores",
     "common_threshold",
+    "cut_above",
     "feature_choice",
     "feature_choice_counting",
     "midpoint_thresholds",

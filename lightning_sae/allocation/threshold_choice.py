@@ -5,13 +5,12 @@ all features. One a feature, as `midpoint_thresholds` finds them for feature cho
 reconstructed: how Ayonrinde 2024 (arXiv 2411.02124) infers without a batch is not known to us.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from lightning_sae.allocation.across_ranks import among_largest_of_all, total_length
 from lightning_sae.allocation.affinities import Affinities, as_scores, valued
+from lightning_sae.allocation.common_threshold import cut_above
 from lightning_sae.allocation.feature_choice import feature_choice, require_budgets
 from lightning_sae.allocation.rank_discount import RankDiscount
 from lightning_sae.matches import Matches
@@ -129,12 +128,6 @@ def scaled_thresholds(
         tensor([4., 2., 3.])
     """
     scores = as_scores(affinities)
-
-    def reduced(values: Tensor, reduction: Literal["min", "max"], empty: float) -> float:
-        values = torch.cat([values, values.new_full((int(len(values) == 0),), empty)])
-        own = values.amax() if reduction == "max" else values.amin()
-        return float(own if ranks is None else ranks.all_reduce(own, reduction))
-
     factor = 1.0
     while True:  # until there are enough to count among
         found = pairs_above(scores, thresholds * factor)
@@ -144,13 +137,4 @@ def scaled_thresholds(
         if factor == 0 or total_length(multiple[multiple > factor], ranks) > budget:
             break
         factor = 0.7 * factor if factor > 1e-3 else 0.0
-    least, most = factor, 1.0 + reduced(multiple, "max", empty=factor)
-    for _ in range(100):  # bisection, until no multiple lies between
-        middle = (least + most) / 2
-        if total_length(multiple[multiple > middle], ranks) > budget:
-            least = middle
-        else:
-            most = middle
-    # Between the last that is above and the first that is not, as rounding moves either a little.
-    last = reduced(multiple[multiple > most], "min", empty=2 * most)
-    return thresholds * ((most + last) / 2)
+    return thresholds * cut_above(multiple, budget, least=factor, ranks=ranks)

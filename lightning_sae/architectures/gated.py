@@ -1,14 +1,16 @@
 """Gated: Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_sae.allocation import Choice, common_threshold, threshold_choice
-from lightning_sae.checks import require_k
+from lightning_sae.allocation import Choice, common_threshold, cut_above, threshold_choice
+from lightning_sae.callbacks.calibrate_thresholds import calibration
+from lightning_sae.checks import UsageError, require_k
 from lightning_sae.core.gate import Gate
 from lightning_sae.core.losses import reconstruction_loss, sparsity_loss
 from lightning_sae.core.penalty_weight import PenaltyWeight
@@ -29,7 +31,8 @@ class GatedSAE(SparseAutoencoder):
 
     The source sweeps the weight of the penalty. Here it is moved until tokens have k matches on
     average (`lightning_sae.core.penalty_weight`), and gates begin with a bias by which the first
-    batch has them, and with the codes of the affinities that the encoder had.
+    batch has them, and with the codes of the affinities that the encoder had. After the last step
+    all gates are moved by the one number that gives k on held-out text.
 
     Args:
         d_model: Width of the activations.
@@ -46,6 +49,8 @@ class GatedSAE(SparseAutoencoder):
     Raises:
         ValueError: If a size is out of range.
     """
+
+    renewable: ClassVar[tuple[str, ...]] = ("log_gain", "magnitude_bias")
 
     def __init__(
         self, d_model: int, n_features: int, k: int, *, aux_coefficient: float = 0.0, **options: Any
@@ -85,6 +90,38 @@ class GatedSAE(SparseAutoencoder):
         super().take_over(state_dict)
         local(self.log_gain).data.zero_()
         local(self.magnitude_bias).data.copy_(local(self.encoder.bias).data)
+
+    def renew_features(self, features: Tensor, alive: Tensor, scale: float) -> None:
+        """Give features that start anew the codes of their gates, whatever their encoders' length.
+
+        Args:
+            features: Those of them that are here, int64, counted from the first here.
+            alive: Which features go on as they are, (n_features,).
+            scale: Length of their encoders, of the mean of those alive.
+        """
+        local(self.log_gain)[features] = 0
+        local(self.magnitude_bias)[features] = 0
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Move all gates by the one number by which k features of a token fire.
+
+        Args:
+            x: As `ThresholdSAE.calibrate` takes it, which also says what is raised.
+        """
+        ranks, x = self.layout.ranks, self.ordinary(x)
+        if not (tokens := ranks.count(x, x.device)):
+            raise UsageError("calibrate takes activations of at least one token")
+        scaled, bias, budget = self.scaled(x), local(self.encoder.bias).data, self.k * tokens
+        typical, before = float(self.threshold.abs().mean()), bias.clone()
+        for lift in (0.0, 0.1, 0.3, 1.0, 3.0):  # until gates are open for enough to choose among
+            bias.copy_(before + lift * typical)
+            found = self.match(x)
+            opened = self.affinities_of(scaled, found.select(found.value > 0))
+            if ranks.count(opened, x.device) > budget:
+                bias -= cut_above(opened, budget, ranks=ranks)
+                return
+        bias.copy_(before)  # so many codes are not positive
 
     def _magnitudes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return gains, biases and the biases of gates, each (n_features,)."""
@@ -132,3 +169,7 @@ class GatedSAE(SparseAutoencoder):
         gain, bias, gate_bias = (each.detach() for each in self._magnitudes())
         zero = torch.zeros_like(bias)
         return Gate(threshold=zero, gain=gain, offset=bias - gain * gate_bias)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return also what calibrates gates after the last step, unless the Trainer has it."""
+        return super().configure_callbacks() + calibration(self.trainer)

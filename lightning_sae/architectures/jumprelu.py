@@ -63,6 +63,7 @@ class JumpReLUSAE(SparseAutoencoder):
     """
 
     exact_parameters: ClassVar[tuple[str, ...]] = ("unit_threshold",)
+    renewable: ClassVar[tuple[str, ...]] = ("unit_threshold",)
     tanh_steepness = 4.0
 
     def __init__(
@@ -126,6 +127,18 @@ class JumpReLUSAE(SparseAutoencoder):
             self.calibrate(x)
             # What a match adds to the loss is then what one at the threshold explains of it.
             self.penalty_weight.begin((self.threshold.detach().square() / self.d_model).mean())
+
+    def renew_features(self, features: Tensor, alive: Tensor, scale: float) -> None:
+        """Give features that start anew a threshold that is less by as much as their encoders are.
+
+        Args:
+            features: Those of them that are here, int64, counted from the first here.
+            alive: Which features go on as they are, (n_features,).
+            scale: Length of their encoders, of the mean of those alive.
+        """
+        known = self.threshold[alive] if bool(alive.any()) else self.threshold
+        unit = scale * known.mean() / math.sqrt(self.d_model)
+        local(self.unit_threshold)[features] = unit.clamp_min(_LEAST).to(self.unit_threshold.dtype)
 
     def normalize_decoder(self) -> None:
         """Give every row of the decoder unit norm again, and keep thresholds positive."""

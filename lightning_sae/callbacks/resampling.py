@@ -47,8 +47,10 @@ class ResampleDeadFeatures(Callback):
     What is drawn depends on `tokens_seen` and the inputs alone, is equal on every rank, and is kept
     in checkpoints, so that a resumed run goes on as if it had not stopped. While inputs are being
     drawn, memory holds as many of them as there are features, and a step takes another forward
-    pass. Architectures that keep more of a feature than its directions and bias are refused. Where
-    features compete for a budget, new ones seldom win at first: AuxK revives more of them.
+    pass. Architectures that keep more of a feature than its directions and bias are refused, unless
+    they name these parameters in `renewable` and let them start anew in `renew_features`, as
+    `GatedSAE` does. Where features compete for a budget, new ones seldom win at first: AuxK revives
+    more of them.
 
     Args:
         every_tokens: Tokens between resamplings, over all ranks. Default: twice the module's
@@ -92,11 +94,11 @@ class ResampleDeadFeatures(Callback):
                 f"ResampleDeadFeatures cannot be used with {type(sae).__name__}, whose directions "
                 "are not of its inputs: remove it from trainer.callbacks"
             )
-        rows = (sae.n_features,)
+        rows, known = (sae.n_features,), _OF_FEATURES | _OF_DIMENSIONS | {*_renewable(sae)}
         stale = [
             name
             for name, value in sae.state_dict().items()
-            if value.shape[:1] == rows and name not in _OF_FEATURES | _OF_DIMENSIONS
+            if value.shape[:1] == rows and name not in known
         ]
         if stale:
             raise UsageError(
@@ -155,10 +157,14 @@ class ResampleDeadFeatures(Callback):
         self._sample = WeightedSample(state_dict["keys"], state_dict["rows"])
 
 
+def _renewable(sae: Any) -> tuple[str, ...]:
+    """Return the names of what an architecture keeps of features besides, and lets start anew."""
+    names: tuple[str, ...] = getattr(sae, "renewable", ())
+    return names
+
+
 @torch.no_grad()
-def renew(
-    module: SparseAutoencoder, features: Tensor, inputs: Tensor, optimizers: Iterable[Optimizer]
-) -> None:
+def renew(module: Any, features: Tensor, inputs: Tensor, optimizers: Iterable[Optimizer]) -> None:
     """Point features at inputs, and let nothing remember what they were.
 
     Args:
@@ -183,7 +189,10 @@ def renew(
     local(decoder)[features] = directions.to(decoder.dtype)
     local(encoder)[features] = (ENCODER_NORM * norm * directions).to(encoder.dtype)
     local(bias)[features] = 0
-    for parameter in (decoder, encoder, bias):
+    own = _renewable(module)
+    if own:
+        module.renew_features(features, alive, ENCODER_NORM)
+    for parameter in (decoder, encoder, bias, *map(module.get_parameter, own)):
         for optimizer in optimizers:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

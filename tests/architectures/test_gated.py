@@ -12,10 +12,13 @@ from tests.helpers.superposition import superposition
 
 def dense_codes(sae: GatedSAE, scaled: Tensor) -> tuple[Tensor, Tensor]:
     """Gates and codes, written out with an encoder of each, as the source has them."""
+    gates = (scaled - sae.b_dec) @ sae.encoder.weight.T + sae.encoder.bias
+    return gates, (gates > 0) * dense_magnitudes(sae, scaled)
+
+
+def dense_magnitudes(sae: GatedSAE, scaled: Tensor) -> Tensor:
     shared = (scaled - sae.b_dec) @ sae.encoder.weight.T
-    gates = shared + sae.encoder.bias
-    magnitudes = functional.relu(shared * sae.log_gain.exp() + sae.magnitude_bias)
-    return gates, (gates > 0) * magnitudes
+    return functional.relu(shared * sae.log_gain.exp() + sae.magnitude_bias)
 
 
 def dense_loss(sae: GatedSAE, x: Tensor) -> Tensor:
@@ -106,3 +109,30 @@ def test_a_run_has_k_matches_without_a_sweep(k: int):
 def test_its_k_is_one_that_it_can_have():
     with pytest.raises(UsageError, match="k=65 is out of range"):
         GatedSAE(8, 64, 65)
+
+
+@pytest.mark.parametrize("moved", [-0.5, 0.0, 0.5])  # gates that are open too seldom, and too often
+def test_calibration_opens_all_gates_by_one_number_for_k_codes_a_token(moved: float):
+    sae = of_many_kinds(4).eval()
+    with torch.no_grad():
+        sae.encoder.bias.add_(moved)
+    x = superposition(500, 8, n_features=16, seed=2).double()
+    before = sae.encoder.bias.clone()
+    gates, magnitudes = dense_codes(sae, sae.scaled(x))[0], dense_magnitudes(sae, sae.scaled(x))
+    sae.calibrate(x)
+    assert (sae.encode(x) > 0).sum() == 4 * 500
+    shift = sae.encoder.bias - before
+    torch.testing.assert_close(shift, shift[:1].expand(64))
+    largest = gates[magnitudes > 0].sort(descending=True).values
+    assert largest[2000] < -shift[0] < largest[1999]
+    codes = ((gates + shift > 0) * magnitudes).detach()  # which are as they were
+    torch.testing.assert_close(sae.encode(x), codes)
+
+
+def test_calibration_leaves_gates_alone_that_cannot_be_open_for_so_many():
+    sae = of_many_kinds(60).eval()
+    before = sae.encoder.bias.clone()
+    sae.calibrate(superposition(100, 8, n_features=16, seed=2).double())
+    assert torch.equal(sae.encoder.bias, before)
+    with pytest.raises(UsageError, match="at least one token"):
+        sae.calibrate(torch.zeros(0, 8).double())

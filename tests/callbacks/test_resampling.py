@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSAE
+from lightning_sae import (
+    FeatureChoiceSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MutualChoiceSAE,
+    StandardSAE,
+    TopKSAE,
+)
 from lightning_sae.callbacks.resampling import ResampleDeadFeatures, renew
 from lightning_sae.callbacks.weighted_sample import WeightedSample
 from lightning_sae.parallel import Ranks
@@ -109,6 +116,40 @@ def test_features_are_renewed_as_the_source_has_it(make):
         assert torch.equal(same, before[name][alive] if same is not value else before[name]), name
 
 
+@pytest.mark.parametrize("make", [GatedSAE, partial(JumpReLUSAE, bandwidth=0.1)])
+def test_what_else_there_is_of_a_feature_starts_anew(make):
+    """A threshold is shorter by as much as its encoder, a gate's code is the gate's."""
+    sae = sae_with_dead_features(make, k=3)
+    optimizer = Adam(sae.parameters())
+    for seed in range(3):
+        optimizer.zero_grad()
+        sae.loss(batch(seed))[0].backward()
+        optimizer.step()
+        sae.normalize_decoder()
+    if isinstance(sae, GatedSAE):
+        torch.nn.init.normal_(sae.log_gain)
+        torch.nn.init.normal_(sae.magnitude_bias)
+    assert (sae.history.tokens_since_fired[DEAD] == 3 * TOKENS).all()
+    before = {name: value.clone() for name, value in sae.named_parameters()}
+    features, inputs = torch.tensor([1, 4]), sae.scaled(batch(9)[:2])
+    renew(sae, features, inputs, [optimizer])
+    others = torch.ones(N_FEATURES, dtype=torch.bool)
+    others[features] = False
+    for name in sae.renewable:
+        value = sae.get_parameter(name)
+        assert torch.equal(value[others], before[name][others])
+        assert not torch.equal(value[features], before[name][features])
+        assert (optimizer.state[value]["exp_avg"][features] == 0).all()
+    codes = sae.encode(batch(9)[:2])[:, features].diagonal()
+    weight = sae.encoder.weight[features]
+    expected = (weight * (inputs - sae.b_dec)).sum(1)
+    assert (expected > 0).all()
+    torch.testing.assert_close(codes, expected)
+    if isinstance(sae, JumpReLUSAE):
+        alive = before["unit_threshold"][DEAD.stop :].mean()
+        torch.testing.assert_close(sae.unit_threshold[features], (0.2 * alive).expand(2))
+
+
 def test_all_features_may_be_dead():
     sae = sae_with_dead_features()
     sae.loss(batch(0))
@@ -136,6 +177,8 @@ class Record(pl.Callback):
         (StandardSAE, {"l1_coefficient": 0.5}, 10),
         (TopKSAE, {"k": 3, "aux_coefficient": 0.0}, 3),  # small affinities win seldom
         (MutualChoiceSAE, {"k": 3, "aux_coefficient": 0.0, "importance": "affinity"}, 3),
+        (JumpReLUSAE, {"k": 3, "bandwidth": 0.05}, 10),
+        (GatedSAE, {"k": 3}, 10),
     ],
 )
 def test_resampled_features_fire_again(make, arguments, firing, tmp_path):
