@@ -21,6 +21,7 @@ __all__ = [
     "Sites",
     "find_site",
     "hook_name_of",
+    "name_of",
     "pairs_of",
     "site_of",
     "width_of",
@@ -65,6 +66,12 @@ def pairs_of(layer: Layers, site: Sites) -> list[tuple[int | str, Site]]:
         if not named or len({*named}) < len(named):
             raise UsageError(f"{key}={value!r} must name at least one, and none of them twice")
     return [(each, name) for each in layers for name in sites]
+
+
+def name_of(layer: int | str, site: Site) -> str:
+    """Return what curves and folders call a site, `layer_2` or `layer_2_mlp_out` say."""
+    where = f"layer_{layer}".replace(".", "_")
+    return where if site == "resid_post" else f"{where}_{site}"
 
 
 def hook_name_of(layer: int | str, site: Site) -> str | None:

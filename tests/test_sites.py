@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, ViTConfig, ViTForIm
 
 from lightning_sae.checks import UsageError
 from lightning_sae.residual_stream import ResidualStream
-from lightning_sae.sites import hook_name_of, pairs_of, site_of, width_of
+from lightning_sae.sites import hook_name_of, name_of, pairs_of, site_of, width_of
 from tests.helpers.language_models import CONFIGS, SIZES, tiny
 from tests.test_model_families import tiny_model
 
@@ -138,6 +138,8 @@ def test_names_widths_and_pairs():
     assert width_of(GEMMA2, "z") == 24
     assert hook_name_of(2, "z") == "blocks.2.attn.hook_z"
     assert hook_name_of("model.layers.2", "z") is None
+    assert name_of(2, "resid_post") == "layer_2"
+    assert name_of("model.layers.2", "z") == "layer_model_layers_2_z"
     for site in ("resid_post", "mlp_in", "mlp_out", "z"):
         assert site_of(hook_name_of(12, site)) == (12, site)
     assert site_of("blocks.12.hook_resid_pre") is None

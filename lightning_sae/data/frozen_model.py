@@ -21,7 +21,7 @@ from lightning_sae.layers import check_layer
 from lightning_sae.quickstart import FOLDER
 from lightning_sae.residual_stream import ResidualStream
 from lightning_sae.several_sites import SeveralSites
-from lightning_sae.sites import Layers, Sites, hook_name_of, pairs_of, width_of
+from lightning_sae.sites import Layers, Sites, hook_name_of, name_of, pairs_of, width_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -144,14 +144,14 @@ class FrozenModel(ABC):
         }
 
     @property
-    def widths(self) -> list[int]:
-        """The width of each of the sites, known without any weights."""
-        return [width_of(self.config, site) for _, site in self._pairs]
+    def sites(self) -> dict[str, int]:
+        """The width of each of the sites by its name, known without any weights."""
+        return {name_of(*pair): width_of(self.config, pair[1]) for pair in self._pairs}
 
     @property
     def d_model(self) -> int:
         """Width of the activations: of all sites together."""
-        return sum(self.widths)
+        return sum(self.sites.values())
 
     def residual_stream(self, device: torch.device) -> ResidualStream | SeveralSites:
         """Return the layer, or all of the sites, on this device; the first call loads the weights.

@@ -223,9 +223,9 @@ class FrozenModelDataModule(StreamDataModule):
         return self.model.name
 
     @property
-    def widths(self) -> list[int]:
-        """The width of each of the sites that are read."""
-        return self.model.widths
+    def sites(self) -> dict[str, int]:
+        """The widths of the sites that are read by their names, `layer_2_mlp_out` say."""
+        return self.model.sites
 
     @property
     def d_model(self) -> int:

@@ -83,7 +83,12 @@ class StreamDataModule(KeepsPlace, ABC):
     @property
     def widths(self) -> list[int]:
         """The width of each of the sites that are read, whose activations are beside each other."""
-        return [self.d_model]
+        return [*self.sites.values()]
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """The same by the name of each site; "" of activations without one."""
+        return {"": self.d_model}
 
     @property
     @abstractmethod

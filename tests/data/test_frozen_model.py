@@ -200,7 +200,8 @@ def test_several_sites_are_read_in_one_pass_beside_each_other(model_folder, tmp_
         for layer in (2, 0)
         for site in ("resid_post", "z")
     ]
-    assert model.widths == [D_MODEL] * 4
+    names = ["layer_2", "layer_2_z", "layer_0", "layer_0_z"]
+    assert list(model.sites.items()) == [(name, D_MODEL) for name in names]
     assert model.d_model == 4 * D_MODEL
     expected = torch.cat([each.residual_stream(CPU).read(ids) for each in alone], -1)
     assert torch.equal(model.read(ids, CPU), expected)
