@@ -42,6 +42,7 @@ from lightning_sae.data import (
 from lightning_sae.optim import ChunkedAdam
 from lightning_sae.residual_stream import ResidualStream
 from lightning_sae.sae import SparseAutoencoder
+from lightning_sae.several_saes import SeveralSAEs
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "ResidualStream",
     "SavePretrained",
     "Scores",
+    "SeveralSAEs",
     "SparseAutoencoder",
     "StandardSAE",
     "StopOnSignal",

@@ -8,17 +8,29 @@ format 3 no `rank_discount`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any, Final
 
+from lightning_sae.checks import UsageError
 from lightning_sae.core.state_format import FORMAT, is_sae, rename, require_known, upgrade_names
 
-__all__ = ["FORMAT", "KEY", "TRAINED_WITH", "format_of", "is_sae", "upgrade"]
+__all__ = [
+    "FORMAT",
+    "KEY",
+    "PARTS",
+    "TRAINED_WITH",
+    "format_of",
+    "is_sae",
+    "require_one",
+    "upgrade",
+]
 
 KEY: Final = "lightning_sae_format"
 """Where a checkpoint has its number."""
 TRAINED_WITH: Final = "trained_with"
 """Where it has the arguments on which the code of a token depends, whatever it is loaded with."""
+PARTS: Final = "parts"
+"""Where a checkpoint of several SAEs has the notes of each, by its name."""
 
 DATA_ARGUMENTS: Final = {"lm_batch_size": "model_batch_size", "lm_dtype": "model_dtype"}
 DATA_MODULES: Final = ("ActivationDataModule", "ImageActivationDataModule")
@@ -56,6 +68,24 @@ def format_of(checkpoint: dict[str, Any]) -> int:
         UsageError: If it is a later one than this version knows.
     """
     return require_known(checkpoint.get(KEY, 1))
+
+
+def require_one(checkpoint: Mapping[str, Any], where: object) -> None:
+    """Refuse a checkpoint of several SAEs where one is asked for.
+
+    Args:
+        checkpoint: What is in it.
+        where: What messages call it.
+
+    Raises:
+        UsageError: If it is one; the message says where each SAE is.
+    """
+    if PARTS in checkpoint:
+        names = ", ".join(checkpoint[PARTS])
+        raise UsageError(
+            f"{where} holds several SAEs: name the folder of one, {names}, in `pretrained` in the "
+            "folder of its run"
+        )
 
 
 def _upgrade_first(checkpoint: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae, upgrade
+from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae, require_one, upgrade
 from lightning_sae.checks import UsageError
 from lightning_sae.temporary import left_behind, temporary_of
 
@@ -113,6 +113,7 @@ def read_checkpoint(
         FileNotFoundError: It does not exist.
     """
     found = AtomicCheckpointIO().load_checkpoint(path, map_location)
+    require_one(found, path)
     if not is_sae(found["state_dict"]):
         raise UsageError(f"{path} is no checkpoint of an SAE")
     return found

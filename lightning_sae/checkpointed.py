@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import lightning.pytorch as pl
-from torch import Tensor
-
-from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH, upgrade
-from lightning_sae.checkpoint_io import in_present_format
+from lightning_sae.checkpoint_format import FORMAT, KEY, TRAINED_WITH, require_one
+from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.core import Autoencoder
 from lightning_sae.core.loading import refuse_unfit
-from lightning_sae.hyperparameters import PlainHyperparameters
-from lightning_sae.optim.logged_steps import write_curves
-from lightning_sae.optim.resumption import Resumption
+from lightning_sae.optim.resumable import Resumable
 
 __all__ = ["CheckpointedAutoencoder"]
 
 
-class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningModule):
-    """The hooks by which Lightning writes and reads checkpoints.
+class CheckpointedAutoencoder(Autoencoder, Resumable):
+    """What checkpoints note of it, and which of them it refuses.
 
     Attributes:
         code_settings: Names of the arguments on which the code of a token depends, beside what is
@@ -34,56 +30,31 @@ class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningMod
         "rank_discount",
     )
 
-    def __init__(self, d_model: int, n_features: int, **options: Any) -> None:
-        super().__init__(d_model, n_features, **options)
-        self._resumption = Resumption()
-
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a trained SAE as Lightning does, running nothing that the file or URL may hold.
+        """Load a trained SAE, as `Resumable` does; one of several is in a folder of its own."""
+        if isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path):
+            require_one(open_checkpoint(Path(checkpoint_path).expanduser()), checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
-        In Lightning 2.6.6 a checkpoint can name functions to call in place of an optimizer, also
-        one loaded with `weights_only=True`; `LightningModule.load_from_checkpoint` calls them.
+    def notes(self) -> dict[str, Any]:
+        """Return what tells checkpoints apart that do not fit."""
+        return {
+            "architecture": type(self).__name__,
+            # Lightning overwrites hyper_parameters with the arguments of `load_from_checkpoint`.
+            TRAINED_WITH: self._code_settings(),
+            KEY: FORMAT,
+        }
 
-        Raises:
-            UsageError: If it is damaged, has arguments that this class has not, or is given another
-                value of one of the `code_settings` than it was trained with.
-        """
-        safe = {"weights_only": True, "_instantiator": None}
-        path = in_present_format(checkpoint_path)
-        try:
-            return super().load_from_checkpoint(path, *args, **(kwargs | safe))
-        except TypeError as error:
-            raise UsageError(f"{checkpoint_path} is not of a {cls.__name__}: {error}") from error
-
-    def on_fit_start(self) -> None:
-        """Have the optimizers take no state from a checkpoint that they could not have made."""
-        if self._trainer is not None:
-            names: dict[Tensor, str] = {each: name for name, each in self.named_parameters()}
-            self._resumption.watch(self._trainer, names)
-
-    def on_train_start(self) -> None:
-        """Say which settings of a resumed run are others than those of its checkpoint."""
-        self._resumption.tell()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write curves up to here; note what tells checkpoints apart that do not fit."""
-        if self._trainer is not None:
-            write_curves(self._trainer)
-        checkpoint["architecture"] = type(self).__name__
-        # Lightning overwrites hyper_parameters with the arguments of `load_from_checkpoint`.
-        checkpoint[TRAINED_WITH] = self._code_settings()
-        checkpoint[KEY] = FORMAT
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture or shape; bring an older one up to date.
+    def take_notes(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture or shape.
 
         One of a class that this one extends is welcome: the extension may be a metric.
 
         Raises:
-            UsageError: If it is one, and the message names both; or if it lacks what a run needs.
+            UsageError: If it is one, and the message names both.
         """
-        upgrade(checkpoint)
+        require_one(checkpoint, "the checkpoint")
         # A ModelParallelStrategy has loaded the weights by now, and taken them out.
         state = checkpoint.get("state_dict", self.state_dict())
         weight = state.get("encoder.weight")  # of a transcoder the decoder's has another width
@@ -104,8 +75,6 @@ class CheckpointedAutoencoder(Autoencoder, PlainHyperparameters, pl.LightningMod
                     f"{name}={trained_with[name]!r}"
                 )
         refuse_unfit(self, checkpoint.get("state_dict", {}), "")
-        if self._trainer is not None:
-            self._resumption.read(self._trainer, checkpoint)
 
     def _code_settings(self) -> dict[str, Any]:
         return {name: self.hparams[name] for name in self.code_settings if name in self.hparams}

@@ -210,14 +210,14 @@ class SparseAutoencoder(PretrainedAutoencoder):
         """Average gradients over groups of devices that share out the features."""
         average_gradients(self, self.layout)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer and its schedule, stepped every batch.
+    def configure_optimizers(self, parameters: Any = None) -> OptimizerLRScheduler:
+        """Return the optimizer, of these parameters or of all, and its schedule, for every batch.
 
         Raises:
             ValueError: If it does not take its settings, or cannot see the gradients.
         """
         with in_terms_of("optimizer", ValueError, RuntimeError):
-            optimizer = self._optimizer(self.parameters())
+            optimizer = self._optimizer(parameters or self.parameters())
         for group in optimizer.param_groups if self.lr is not None else ():
             group["lr"] = self.lr
         if isinstance(optimizer, ChunkedAdam):

@@ -14,7 +14,7 @@ ROOMS = (
     ("interop",),
     ("architectures",),
     ("callbacks", "interventions", "report"),
-    ("sae",),
+    ("sae", "several_saes"),
     ("pretrained",),
     ("checkpointed", "record"),
     ("optim", "checkpoint_io", "checkpoint_format"),
@@ -27,7 +27,7 @@ ROOMS = (
     (
         *("matches", "numerics", "zipf", "hooks", "layers", "residual_stream", "sites"),
         *("checks", "hyperparameters", "model_card", "tensor_files", "uncompiled", "quickstart"),
-        *("several_sites", "temporary"),
+        *("several_sites", "part", "temporary"),
     ),
 )
 """From the top. What stands in one line may import from each other, but for the ground."""
@@ -111,6 +111,7 @@ TESTED_WITH = {
     "checkpointed": "test_sae",
     "data.stream_datamodule": "data/test_frozen_model_datamodule",
     "layers": "residual_stream/test_layers",
+    "optim.resumable": "test_sae",
     "metrics.runs": "metrics/test_loss_recovered",
     "residual_stream": "residual_stream/test_residual_stream",
     "sparse.gradient_form": "sparse/test_row_gradient",

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from lightning_sae.checkpoint_format import is_sae
+from lightning_sae.checkpoint_format import is_sae, require_one
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.pretrained import CONFIG, config_of
@@ -40,6 +40,7 @@ def load(
     path = Path(path).expanduser() if Path(path).expanduser().exists() else str(path)
     if Path(path).is_file():
         found = open_checkpoint(path)
+        require_one(found, path)
         if not is_sae(found["state_dict"]):
             raise UsageError(f"{path} is no checkpoint of an SAE")
         architecture = found.get("architecture", "")

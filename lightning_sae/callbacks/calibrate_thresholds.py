@@ -8,10 +8,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_sae.callbacks.find_sae import find_sae
+from lightning_sae.callbacks.find_sae import find_saes
 from lightning_sae.checks import require_positive
 from lightning_sae.data.batches import activations_in
 from lightning_sae.parallel import Ranks, ranks_of
+from lightning_sae.part import part_of
 
 
 class CalibrateThresholds(Callback):
@@ -50,8 +51,9 @@ class CalibrateThresholds(Callback):
         """Calibrate after the last step, and before ModelCheckpoint, which Lightning puts last."""
         if trainer.global_step != trainer.max_steps:
             return
-        sae = find_sae(pl_module, "match", of=self)
-        if not hasattr(sae, "calibrate"):
+        saes = find_saes(pl_module, "match", of=self)
+        saes = [sae for sae in saes if hasattr(sae, "calibrate")]
+        if not saes:
             return
         loaders: Any = trainer.val_dataloaders or ()
         x: list[Tensor] = []
@@ -59,8 +61,9 @@ class CalibrateThresholds(Callback):
             x.append(activations_in(held_out).to(pl_module.device))
             if sum(map(len, x)) * ranks_of(trainer).size >= self.tokens:
                 break
-        if x:
-            _calibrate(sae, torch.cat(x), ranks_of(trainer))
+        for sae in saes if x else ():
+            own = torch.cat([part_of(sae).of(each) for each in x])
+            _calibrate(sae, own, ranks_of(trainer))
 
 
 def calibration(trainer: Any) -> list[Callback]:
@@ -75,7 +78,8 @@ def _calibrate(sae: Any, x: Tensor, ranks: Ranks) -> None:
     before = ranks.count(sae.match(x).token, x.device) / tokens
     sae.calibrate(x)
     after = ranks.count(sae.match(x).token, x.device) / tokens
+    whose = (name := part_of(sae).name) and f" of {name}"
     rank_zero_info(
-        f"Thresholds were calibrated on {tokens:,} held-out tokens, which had {before:.2f} matches "
-        f"each before and have {after:.2f} now"
+        f"Thresholds{whose} were calibrated on {tokens:,} held-out tokens, which had {before:.2f} "
+        f"matches each before and have {after:.2f} now"
     )

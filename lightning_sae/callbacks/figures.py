@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,9 +20,11 @@ from lightning_sae.callbacks.drawing import (
     empty_figure,
     tensorboards,
 )
+from lightning_sae.callbacks.find_sae import trained_together
 from lightning_sae.checks import UsageError
 from lightning_sae.metrics import FeatureDensity
 from lightning_sae.parallel import ranks_of
+from lightning_sae.part import part_of
 from lightning_sae.zipf import ZipfFitError, fit_zipf
 
 if TYPE_CHECKING:
@@ -127,13 +129,18 @@ def plot_rank_density(density: Tensor, tokens: int) -> Figure:
     return figure
 
 
-def _log_figures(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-    metrics = _densities(pl_module)
+def _log_figures(trainer: pl.Trainer, pl_module: nn.Module, stage: str) -> None:
+    for each in trained_together(pl_module):
+        _log_figures_of(each, trainer, part_of(each).stage(stage))
+
+
+def _log_figures_of(module: Any, trainer: pl.Trainer, stage: str) -> None:
+    metrics = _densities(module)
     if not metrics:
-        name = type(pl_module).__name__
+        name = type(module).__name__
         rank_zero_warn(f"FeatureDensityFigures draws nothing: {name} has no FeatureDensity metric")
     # Every rank must take part in these two, or the others would wait for it for ever.
-    counts = [torch.as_tensor(metric.tokens, device=pl_module.device) for metric in metrics]
+    counts = [torch.as_tensor(metric.tokens, device=module.device) for metric in metrics]
     totals = [int(ranks_of(trainer).all_reduce(count)) for count in counts]
     updated = [place for place, total in enumerate(totals) if total > 0]
     if not updated:

@@ -1,5 +1,6 @@
 """What callbacks share that run the language model on held-out text."""
 
+import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -12,9 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sae.callbacks.find_sae import find_sae
+from lightning_sae.callbacks.find_sae import find_saes
 from lightning_sae.checks import require_positive
 from lightning_sae.parallel import Ranks, ranks_of
+from lightning_sae.part import part_of
 from lightning_sae.residual_stream import ResidualStream
 from lightning_sae.sae import Encoded
 
@@ -32,7 +34,7 @@ class HeldOutCallback(Callback, ABC):
     does nothing, and says so. An `attention_mask` there tells padding (0) from tokens (1). Which
     contexts these are does not depend on the number of devices where a batch says with `first`
     which of all contexts is the first of its own. The SAE may be a part of the module that is
-    trained.
+    trained; of several that are trained together, each is measured at its site.
 
     Args:
         tokens: Tokens to measure on, over all devices, counted as the data module counts
@@ -50,7 +52,7 @@ class HeldOutCallback(Callback, ABC):
     def __init__(self, tokens: int) -> None:
         require_positive(tokens=tokens)
         self.tokens = tokens
-        self._sae: Any = None
+        self._each: list[tuple[Any, HeldOutCallback]] = []  # SAEs, and what measures each
         self._seen = 0  # contexts, by this rank
         self._memory: dict[str, Any] = {}
         self._told = False  # that nothing is measured
@@ -77,7 +79,7 @@ class HeldOutCallback(Callback, ABC):
 
     @abstractmethod
     def log_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Log what was measured, under `stage`; called on all ranks, or on none."""
+        """Log what was measured, under `stage`: called on all ranks, or none. It may be `val/x`."""
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh."""
@@ -159,11 +161,14 @@ class HeldOutCallback(Callback, ABC):
         self._seen = 0
         if not self._looked:  # not in `setup`: a module may make its parts in `configure_model`
             self._looked = True
-            self._sae = find_sae(pl_module, *self.needs, of=self)
-        self.start(ranks_of(trainer))
+            saes, self._each = find_saes(pl_module, *self.needs, of=self), []
+            alone = len(saes) == 1
+            self._each = [(sae, self if alone else copy.deepcopy(self)) for sae in saes]
+        for _, own in self._each:
+            own.start(ranks_of(trainer))
 
     def _measure(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:
-        if self._sae is None:
+        if not self._each:
             return
         residual_stream = getattr(getattr(trainer, "datamodule", None), "residual_stream", None)
         of_text = isinstance(batch, Mapping) and {"input_ids", "kept"} <= batch.keys()
@@ -185,15 +190,18 @@ class HeldOutCallback(Callback, ABC):
         self._seen += contexts
         missing = math.ceil(self.tokens / length) - first
         if missing > 0:
-            encoded = outputs.get("encoded") if isinstance(outputs, Mapping) else None
-            if isinstance(encoded, Encoded):
-                batch = {**batch, "encoded": encoded}
-            self.measure(self._sae, residual_stream, _first(missing, batch))
+            for sae, own in self._each:
+                part = part_of(sae)
+                made, held_out = part.of_outputs(outputs), part.of_batch(batch)
+                encoded = made.get("encoded") if isinstance(made, Mapping) else None
+                if isinstance(encoded, Encoded):
+                    held_out["encoded"] = encoded
+                own.measure(sae, part.of_streams(residual_stream), _first(missing, held_out))
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Data that is not usable is not usable on any rank, so all ranks log, or none.
-        if self._seen > 0:
-            self.log_results(trainer, pl_module, stage)
+        for sae, own in self._each if self._seen > 0 else ():
+            own.log_results(trainer, pl_module, part_of(sae).stage(stage))
 
 
 def known_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

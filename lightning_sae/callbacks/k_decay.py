@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lightning_sae.callbacks.find_sae import find_sae
+from lightning_sae.callbacks.find_sae import find_saes
 from lightning_sae.checks import UsageError, require_positive
 
 __all__ = ["KDecay"]
@@ -36,18 +36,20 @@ class KDecay(Callback):
         require_positive(start=start, tokens=tokens)
         self.start = start
         self.tokens = tokens
-        self._sae: Any = None
-        self._k = 0
+        self._saes: list[tuple[Any, int]] = []  # and their own k
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the SAE's own k.
+        """Note the own k of the SAE, or of each that is trained.
 
         Raises:
             UsageError: If it has none that it chooses by, or `start` is out of its range.
         """
-        self._sae = sae = find_sae(pl_module, "history", "choose", of=self)
-        if sae is None:
-            return
+        saes = find_saes(pl_module, "history", "choose", of=self)
+        for sae in saes:
+            self._check(sae)
+        self._saes = [(sae, sae.k) for sae in saes]
+
+    def _check(self, sae: Any) -> None:
         if getattr(sae, "k", None) is None or hasattr(sae, "penalty_weight"):
             raise UsageError(
                 f"KDecay cannot be used with {type(sae).__name__}, whose matches a penalty makes "
@@ -58,20 +60,18 @@ class KDecay(Callback):
                 f"start={self.start} of KDecay is out of range: it must be k={sae.k} to "
                 f"n_features={sae.n_features}"
             )
-        self._k = sae.k
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set k for the batch by the tokens before it."""
-        if self._sae is None:
-            return
-        left = max(0.0, 1 - int(self._sae.history.tokens_seen) / self.tokens)
-        self._sae.k = self._k + round(left * (self.start - self._k))
-        if left == 0:
-            self._sae = None
+        for sae, k in list(self._saes):
+            left = max(0.0, 1 - int(sae.history.tokens_seen) / self.tokens)
+            sae.k = k + round(left * (self.start - k))
+            if left == 0:
+                self._saes.remove((sae, k))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the SAE with its own k, wherever the run ended."""
-        if self._sae is not None:
-            self._sae.k = self._k
+        for sae, k in self._saes:
+            sae.k = k

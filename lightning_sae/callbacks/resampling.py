@@ -2,6 +2,7 @@
 https://transformer-circuits.pub/2023/monosemantic-features, "Neuron Resampling".
 """  # noqa: D205 - the link is the summary's end
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from lightning_sae.callbacks.find_sae import find_sae
+from lightning_sae.callbacks.find_sae import find_saes
 from lightning_sae.callbacks.weighted_sample import WeightedSample
 from lightning_sae.checks import UsageError, require_positive
 from lightning_sae.data.batches import activations_in
 from lightning_sae.parallel import Ranks, local, ranks_of, wide_rows
+from lightning_sae.part import part_of
 from lightning_sae.sae import SparseAutoencoder
 
 ENCODER_NORM = 0.2  # of a new feature, relative to the mean of those alive (the source's)
@@ -76,9 +78,10 @@ class ResampleDeadFeatures(Callback):
         self.every_tokens = every_tokens
         self.times = times
         self.sample_tokens = sample_tokens
-        self._sample = WeightedSample()
-        self._sae: Any = None
-        self._step = self._tokens = 0  # when the optimizer stepped last
+        self._samples = defaultdict[str, WeightedSample](WeightedSample)  # of each SAE, by its name
+        self._saes: list[Any] = []
+        self._step = 0
+        self._tokens: dict[str, int] = {}  # of each, when the optimizer stepped last
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that there is an SAE, and that it can be resampled.
@@ -86,61 +89,51 @@ class ResampleDeadFeatures(Callback):
         Raises:
             UsageError: If it keeps something of each feature that would be the old feature's.
         """
-        self._sae = sae = find_sae(pl_module, "history", "decoder", "ordinary", of=self)
-        if sae is None:
-            return
-        if hasattr(sae, "d_target"):
-            raise UsageError(
-                f"ResampleDeadFeatures cannot be used with {type(sae).__name__}, whose directions "
-                "are not of its inputs: remove it from trainer.callbacks"
-            )
-        rows, known = (sae.n_features,), _OF_FEATURES | _OF_DIMENSIONS | {*_renewable(sae)}
-        stale = [
-            name
-            for name, value in sae.state_dict().items()
-            if value.shape[:1] == rows and name not in known
-        ]
-        if stale:
-            raise UsageError(
-                f"ResampleDeadFeatures cannot be used with {type(sae).__name__}, which keeps "
-                f"{', '.join(stale)} of each feature: remove it from trainer.callbacks"
-            )
+        self._saes = find_saes(pl_module, "history", "decoder", "ordinary", of=self)
+        for sae in self._saes:
+            _require_no_more(sae)
+            _ = self._samples[part_of(sae).name]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Take up where the module stands."""
-        if self._sae is not None:
-            self._step, self._tokens = trainer.global_step, int(self._sae.tokens_seen)
+        self._step = trainer.global_step
+        self._tokens = {part_of(sae).name: int(sae.tokens_seen) for sae in self._saes}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw inputs from the batch, or resample, when it is time to."""
-        sae = self._sae
-        if sae is None:
-            return
+        # Where gradients are being accumulated, they belong to the features as they are.
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        for sae in self._saes:
+            self._draw_or_renew(sae, part_of(sae).of(activations_in(batch)), trainer, stepped)
+
+    def _draw_or_renew(self, sae: Any, x: Tensor, trainer: pl.Trainer, stepped: bool) -> None:
+        name = part_of(sae).name
         every = self.every_tokens or 2 * sae.history.dead_after_tokens
-        due = (self._tokens // every + 1) * every
+        due = (self._tokens.get(name, 0) // every + 1) * every
         if due > self.times * every:
             return
         tokens = int(sae.tokens_seen)
         if tokens > due - self.sample_tokens:
-            self._draw(sae, activations_in(batch), ranks_of(trainer))
-        if trainer.global_step == self._step:
-            return  # gradients are being accumulated, and belong to the features as they are
-        self._step, self._tokens = trainer.global_step, tokens
+            self._draw(sae, x, ranks_of(trainer))
+        if not stepped:
+            return
+        self._tokens[name] = tokens
         if tokens >= due:
             dead = sae.history.dead().nonzero().squeeze(1)
-            inputs = self._sample.rows[: len(dead)]
+            inputs = self._samples[name].rows[: len(dead)]
             renew(sae, dead[: len(inputs)], inputs, trainer.optimizers)
-            self._sample = WeightedSample()
-            rank_zero_info(f"{tokens} tokens: {len(inputs)} of {len(dead)} dead features resampled")
+            self._samples[name] = WeightedSample()
+            which = f"{len(inputs)} of {len(dead)} dead features{name and f' of {name}'}"
+            rank_zero_info(f"{tokens} tokens: {which} resampled")
 
     @torch.no_grad()
     def _draw(self, module: SparseAutoencoder, x: Tensor, ranks: Ranks) -> None:
         x = module.ordinary(x.reshape(-1, x.shape[-1]))
         scaled = module.scaled(x)
         error = scaled - module.reconstruct(module.match(x))
-        self._sample.add(
+        self._samples[part_of(module).name].add(
             scaled,
             error.square().mean(1).square(),
             size=module.n_features,
@@ -150,11 +143,36 @@ class ResampleDeadFeatures(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inputs drawn so far, which are equal on every rank."""
-        return {"keys": self._sample.keys, "rows": self._sample.rows}
+        found = {
+            name: {"keys": each.keys, "rows": each.rows} for name, each in self._samples.items()
+        }
+        return found.get("", found)  # of a single SAE without a name
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the inputs drawn so far."""
-        self._sample = WeightedSample(state_dict["keys"], state_dict["rows"])
+        by_name = {"": state_dict} if "keys" in state_dict else state_dict
+        for name, each in by_name.items():
+            self._samples[name] = WeightedSample(each["keys"], each["rows"])
+
+
+def _require_no_more(sae: Any) -> None:
+    """Refuse an SAE that keeps more of a feature than what is made anew."""
+    if hasattr(sae, "d_target"):
+        raise UsageError(
+            f"ResampleDeadFeatures cannot be used with {type(sae).__name__}, whose directions "
+            "are not of its inputs: remove it from trainer.callbacks"
+        )
+    rows, known = (sae.n_features,), _OF_FEATURES | _OF_DIMENSIONS | {*_renewable(sae)}
+    stale = [
+        name
+        for name, value in sae.state_dict().items()
+        if value.shape[:1] == rows and name not in known
+    ]
+    if stale:
+        raise UsageError(
+            f"ResampleDeadFeatures cannot be used with {type(sae).__name__}, which keeps "
+            f"{', '.join(stale)} of each feature: remove it from trainer.callbacks"
+        )
 
 
 def _renewable(sae: Any) -> tuple[str, ...]:

@@ -1,7 +1,12 @@
 """The results of a test as a person wants to read them."""
 
+from collections.abc import Mapping, Sequence
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+
+from lightning_sae.callbacks.find_sae import trained_together
+from lightning_sae.part import part_of
 
 _MEANINGS = {
     "fvu": "share of the activations' variance not reconstructed",
@@ -43,6 +48,8 @@ _MEANINGS = {
 class ResultsTable(Callback):
     """Prints all `test/` metrics as one table when `Trainer.test` ends.
 
+    Of several SAEs that are trained together each has a column.
+
     Pass `verbose=False` to `Trainer.test`, which prints a table of its own otherwise.
     """
 
@@ -50,14 +57,17 @@ class ResultsTable(Callback):
         """Print the table, on one rank only."""
         if trainer.is_global_zero:
             found = trainer.callback_metrics.items()
-            print(results_table({k[5:]: v.item() for k, v in found if k.startswith("test/")}))
+            results = {k[5:]: v.item() for k, v in found if k.startswith("test/")}
+            names = [part_of(each).name for each in trained_together(pl_module)]
+            print(results_table(results, [name for name in names if name]))
 
 
-def results_table(results: dict[str, float]) -> str:
+def results_table(results: Mapping[str, float], columns: Sequence[str] = ()) -> str:
     """Lay out results in aligned lines, with what each one means where that is known.
 
     Args:
         results: Values by name. Known names come first, in a fixed order.
+        columns: What some names begin with, before a `/`: those of a column.
 
     Example:
         >>> print(results_table({"my_metric": 2.0, "tokens": 131072.0, "fvu": 0.123456}))
@@ -65,12 +75,20 @@ def results_table(results: dict[str, float]) -> str:
         tokens     131,072  tokens tested on
         my_metric        2
     """
-    known = [name for name in _MEANINGS if name in results]
-    names = known + [name for name in results if name not in _MEANINGS]
-    values = {name: _number(results[name]) for name in names}
-    left = max(map(len, names), default=0)
-    right = max(map(len, values.values()), default=0)
-    lines = (f"{n:{left}}  {values[n]:>{right}}  {_MEANINGS.get(n, '')}".rstrip() for n in names)
+    table: dict[str, dict[str, str]] = {"": {each: each for each in columns}}
+    for name, value in results.items():
+        column, _, row = name.partition("/")
+        column, row = (column, row) if column in columns else ("", name)
+        table.setdefault(row, {})[column] = _number(value)
+    known = [name for name in _MEANINGS if name in table]
+    rows = known + [name for name in table if name not in _MEANINGS]
+    shown = [each for each in ("", *columns) if any(each in table[row] for row in rows if row)]
+    widths = [max(len(row.get(each, "")) for row in table.values()) for each in shown]
+    left = max(map(len, rows))
+    lines = []
+    for name in ["", *(row for row in rows if row)] if columns else filter(None, rows):
+        values = (table[name].get(each, "").rjust(n) for each, n in zip(shown, widths, strict=True))
+        lines.append("  ".join([name.ljust(left), *values, _MEANINGS.get(name, "")]).rstrip())
     return "\n".join(lines)
 
 

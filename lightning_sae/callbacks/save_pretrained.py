@@ -21,7 +21,7 @@ class SavePretrained(Callback):
     The folder is `pretrained` in that of the run, or among its checkpoints where the logger has no
     folder for each run. What the SAE is worth is known from the last validation, so the figures are
     those of the end only after the end. An SAE that is a part of another module is saved too, under
-    its name there.
+    its name there, and so is each of several that are trained together.
 
     It does nothing where features are shared out over devices: no process has all of them.
 

@@ -8,6 +8,9 @@ from typing import Any, Final
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
+from lightning_sae.callbacks.find_sae import trained_together
+from lightning_sae.part import part_of
+
 SHOWN: Final = {
     "train/loss": "loss",
     "train/l0": "L0",
@@ -37,9 +40,14 @@ class _Steps(ProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what is shown, by short names; not the number of the run."""
+        """Return what is shown, by short names; not the number of the run. Of several, the mean."""
         found = trainer.progress_bar_metrics
-        return {name: _short(found[key]) for key, name in SHOWN.items() if key in found}
+        shown = {key: found[key] for key in SHOWN if key in found}
+        for key in SHOWN.keys() - shown.keys():  # of several SAEs that are trained together
+            curves = (part_of(each).curve(key) for each in trained_together(pl_module))
+            if values := [found[curve] for curve in curves if curve in found]:
+                shown[key] = sum(values) / len(values)
+        return {name: _short(shown[key]) for key, name in SHOWN.items() if key in shown}
 
 
 class RichStepsBar(_Steps, RichProgressBar):

@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_sae.callbacks.find_sae import trained_together
 from lightning_sae.checks import UsageError
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import ranks_of
+from lightning_sae.part import part_of
 from lightning_sae.tensor_files import save_tensors
 
 
@@ -25,7 +27,7 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
     `kept` (uint8, 1 or 0) and `input_ids`, both (contexts, length), `image_numbers`, (images,), or
     `run_numbers`, (runs,):
     row i of the matches is then the i-th kept position. A file has its name only
-    once it is complete.
+    once it is complete. Of several SAEs that are trained together, each has a folder in it.
 
     Args:
         output_dir: Folder for the files; made if need be. It must not hold such files yet, lest the
@@ -45,7 +47,9 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         of_run = Path(str(trainer.log_dir), "matches")  # on all ranks, for they agree on it
         self._folder = self.output_dir or of_run
         ours = f"{_stem(trainer)}*.safetensors"
-        if ranks_of(trainer).is_first_with_its_tokens and any(self._folder.glob(ours)):
+        folders = [self._folder / part_of(each).name for each in trained_together(pl_module)]
+        there = any(True for folder in folders for _ in folder.glob(ours))
+        if ranks_of(trainer).is_first_with_its_tokens and there:
             raise UsageError(
                 f"output_dir={self._folder} holds matches already: remove them or name another"
             )
@@ -62,21 +66,24 @@ class WriteMatches(Callback):  # `BasePredictionWriter` warns of every loader wi
         """Write the matches of one batch."""
         if not ranks_of(trainer).is_first_with_its_tokens:
             return
-        if not isinstance(outputs, Matches):
-            name, found = type(pl_module).__name__, type(outputs).__name__
-            raise UsageError(
-                f"WriteMatches writes the Matches that predict_step returns, as `sae.match(x)` "
-                f"gives them: that of {name} returns {found}"
-            )
-        matches = outputs
+        file = f"{_stem(trainer)}{batch_idx:05d}.safetensors"
+        for name, matches in (outputs if isinstance(outputs, dict) else {"": outputs}).items():
+            if not isinstance(matches, Matches):
+                who, found = type(pl_module).__name__, type(matches).__name__
+                raise UsageError(
+                    f"WriteMatches writes the Matches that predict_step returns, as `sae.match(x)` "
+                    f"gives them: that of {who} returns {found}"
+                )
+            self._write(matches, batch, self._folder / name / file)
+
+    def _write(self, matches: Matches, batch: Any, path: Path) -> None:
         tensors = {"token": matches.token, "feature": matches.feature, "value": matches.value}
         if isinstance(batch, Mapping):
             what_was_read = ("input_ids", "image_numbers", "run_numbers", "kept")
             tensors |= {name: batch[name] for name in what_was_read if name in batch}
         if "kept" in tensors:
             tensors["kept"] = tensors["kept"].to(torch.uint8)
-        self._folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
-        path = self._folder / f"{_stem(trainer)}{batch_idx:05d}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to write
         save_tensors(tensors, path, shape=json.dumps(matches.shape))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -107,7 +107,8 @@ def draw_on_rank(rank):
         global_step=1,
         sanity_checking=False,
     )
-    module = SimpleNamespace(feature_density=metric, device=torch.device("cpu"))
+    module = FakeSAE()
+    module.feature_density = metric
     FeatureDensityFigures().on_validation_epoch_end(fake_trainer, module)
     return drawn
 

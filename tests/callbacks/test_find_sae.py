@@ -8,7 +8,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lightning_sae import MutualChoiceSAE, SavePretrained, StandardSAE, TopKSAE, UsageError
+from lightning_sae import (
+    MutualChoiceSAE,
+    SavePretrained,
+    SeveralSAEs,
+    StandardSAE,
+    TopKSAE,
+    UsageError,
+)
 from lightning_sae.callbacks import (
     AdaptiveComputationCallback,
     CalibrateThresholds,
@@ -21,7 +28,7 @@ from lightning_sae.callbacks import (
     TokensPerSecond,
     WriteMatches,
 )
-from lightning_sae.callbacks.find_sae import find_sae
+from lightning_sae.callbacks.find_sae import find_sae, find_saes, trained_together
 from lightning_sae.metrics import L0, DeadFeatures, FeatureDensity, FractionOfVarianceUnexplained
 from tests.callbacks.fakes import D_MODEL, N_FEATURES, FakeData, activations, trainer
 
@@ -168,3 +175,15 @@ def test_none_is_told_and_several_are_refused():
         UsageError, match=r"^Host is for one SAE, and ModuleDict has several: one, two"
     ):
         find_sae(two, "match", of=Host(k=2))
+
+
+def test_those_that_are_trained_together_are_found_and_one_is_not_taken_for_all():
+    both = SeveralSAEs(lambda width: TopKSAE(width, N_FEATURES, 2), {"one": 4, "two": 3})
+    assert find_saes(both, "match", of=None) == [both.one, both.two]
+    assert trained_together(both) == [both.one, both.two]
+    with pytest.raises(UsageError, match=r"^Host is for one SAE, and SeveralSAEs has several: one"):
+        find_sae(both, "match", of=Host(k=2))
+    assert trained_together(both.one) == [both.one]
+    two = nn.ModuleDict({name: TopKSAE(D_MODEL, N_FEATURES, 2) for name in ("one", "two")})
+    with pytest.raises(UsageError, match=r"has several: one, two$"):
+        find_saes(two, "match", of=Host(k=2))

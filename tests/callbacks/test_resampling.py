@@ -58,8 +58,8 @@ def test_inputs_are_drawn_by_the_square_of_their_loss():
     expected = WeightedSample()
     tokens = int(sae.tokens_seen)
     expected.add(sae.scaled(x), loss**2, size=N_FEATURES, seed=tokens, ranks=Ranks())
-    torch.testing.assert_close(resample._sample.keys, expected.keys, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(resample._sample.rows, expected.rows)
+    torch.testing.assert_close(resample._samples[""].keys, expected.keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resample._samples[""].rows, expected.rows)
 
 
 def test_what_training_leaves_out_is_not_drawn():
@@ -70,7 +70,7 @@ def test_what_training_leaves_out_is_not_drawn():
     resample = ResampleDeadFeatures()
     resample._draw(sae, x, Ranks())
     expected = {tuple(row.tolist()) for row in sae.scaled(x)[torch.arange(TOKENS) != 3]}
-    assert {tuple(row.tolist()) for row in resample._sample.rows} <= expected
+    assert {tuple(row.tolist()) for row in resample._samples[""].rows} <= expected
 
 
 # What it changes

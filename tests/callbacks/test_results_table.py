@@ -39,6 +39,17 @@ def test_numbers_have_sensible_digits():
     assert printed == ["0.1235", "12", "123,457", "1e-09", "nan", "-0.5"]
 
 
+def test_each_of_several_has_a_column():
+    values = {"a/l0": 2.0, "a/fvu": 0.5, "b/fvu": 12345.6, "other": 1.0, "x/y": 3.0}
+    assert results_table.results_table(values, ["a", "b"]).splitlines() == [
+        "            a       b",
+        "fvu       0.5  12,346  share of the activations' variance not reconstructed",
+        "l0          2          features that fire on a token, mean",
+        "other  1",
+        "x/y    3",
+    ]
+
+
 def test_nothing_to_print():
     assert results_table.results_table({}) == ""
 

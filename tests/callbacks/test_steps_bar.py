@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_sae import TopKSAE
+from lightning_sae import SeveralSAEs, TopKSAE
 from lightning_sae.callbacks import RichStepsBar, TokensPerSecond, TQDMStepsBar
 from tests.callbacks.fakes import D_MODEL, N_FEATURES, FakeSAE, tensors, trainer
 
@@ -42,6 +42,18 @@ def test_it_counts_the_steps_of_the_run(bar, accumulate, tmp_path, capsys):
     assert list(metrics) == ["loss", "L0", "dead", "tokens/s"]
     assert metrics["L0"] == "2"
     assert re.fullmatch(r"[\d,.e+]+", metrics["tokens/s"])
+    capsys.readouterr()
+
+
+def test_of_several_it_shows_the_mean(tmp_path, capsys):
+    run = trainer(tmp_path, TQDMStepsBar(), max_steps=3, max_epochs=-1, enable_progress_bar=True)
+    each = D_MODEL // 2
+    made = iter([1, 2])
+    module = SeveralSAEs(lambda d: TopKSAE(d, N_FEATURES, next(made)), {"a": each, "b": each})
+    run.fit(module, tensors(4))
+    metrics = run.progress_bar_callback.get_metrics(run, module)
+    assert list(metrics) == ["loss", "L0", "dead"]
+    assert metrics["L0"] == "1.5"
     capsys.readouterr()
 
 
