@@ -14,6 +14,12 @@ ALL = sorted(CONFIGS.rglob("*.yaml"))
 ARCHITECTURES = sorted(CONFIGS.glob("*.yaml"))
 
 
+def described(path: Path, part: str) -> dict:
+    """What a configuration says of the SAE, or the data: of several SAEs, of each."""
+    found = yaml.safe_load(path.read_text())[part]
+    return found["init_args"].get("sae", found)
+
+
 def unexplained(text: str) -> list[str]:
     """The lines that give a value and do not say what it is for."""
     lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
@@ -40,7 +46,7 @@ def test_a_line_without_an_explanation_is_found(line: str):
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
 def test_all_arguments_are_there(path: Path, part: str):
     """And no others."""
-    config = yaml.safe_load(path.read_text())[part]
+    config = described(path, part)
     parser = ArgumentParser()
     made = getattr(lightning_sae, config["class_path"].removeprefix("lightning_sae."))
     parser.add_class_arguments(made, part, skip={"d_model", "d_target"})  # by the data
@@ -50,7 +56,7 @@ def test_all_arguments_are_there(path: Path, part: str):
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.stem)
 def test_what_pairs_are_ranked_by_is_the_same_in_python(path: Path):
     """So that a checkpoint of the one can be tested with the other."""
-    config = yaml.safe_load(path.read_text())["model"]
+    config = described(path, "model")
     made = getattr(lightning_sae, config["class_path"].removeprefix("lightning_sae."))
     others = {
         key: config["init_args"][key] for key in ("n_features", "k") if key in config["init_args"]

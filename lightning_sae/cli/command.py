@@ -18,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import lightning_sae
-from lightning_sae import SparseAutoencoder
+from lightning_sae import SeveralSAEs
 from lightning_sae.callbacks import (
     FiniteWeights,
     HParamsTab,
@@ -26,7 +26,7 @@ from lightning_sae.callbacks import (
     StopOnSignal,
     TruthCallback,
 )
-from lightning_sae.checkpoint_format import FORMAT, format_of, is_sae
+from lightning_sae.checkpoint_format import FORMAT, PARTS, format_of, is_sae, require_one
 from lightning_sae.checkpoint_io import AtomicCheckpointIO, open_checkpoint, require_intact
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.cache import fill_cache
@@ -47,6 +47,7 @@ from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import StreamDataModule
 from lightning_sae.interop import FoldedSAE, is_foreign, load_foreign
+from lightning_sae.optim.resumable import Resumable
 from lightning_sae.quickstart import packaged_sae
 
 __all__ = ["SparseAutoencoderCLI", "main"]
@@ -87,7 +88,7 @@ def main(args: ArgsType = None) -> None:
             return
         caching = name == "cache"
         cli = SparseAutoencoderCLI(
-            SparseAutoencoder,
+            Resumable,  # an SAE, or several
             StreamDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -143,6 +144,7 @@ class SparseAutoencoderCLI(LightningCLI):
         for name, place in widths.items():
             to, which = f"model.init_args.{name}", itemgetter(place)
             parser.link_arguments("data.widths", to, compute_fn=which, apply_on="instantiate")
+        parser.link_arguments("data.sites", "model.init_args.sites", apply_on="instantiate")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -272,8 +274,9 @@ class SparseAutoencoderCLI(LightningCLI):
             found = open_checkpoint(path)
         except UsageError:
             found = {"state_dict": {}}
-        if not (is_sae(found["state_dict"]) and "loops" in found):
-            raise UsageError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")
+        if not isinstance(self.model, SeveralSAEs):
+            require_one(found, f"ckpt_path={path}")
+        _require_saes(found, path)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             # It reads files by itself, and loads what it can before anyone may object.
             require_intact(path)
@@ -284,3 +287,8 @@ class SparseAutoencoderCLI(LightningCLI):
                     "AtomicCheckpointIO, on one device"
                 )
             self.model.on_load_checkpoint(found)
+
+
+def _require_saes(found: Mapping[str, Any], path: str) -> None:
+    if not ((is_sae(found["state_dict"]) or PARTS in found) and "loops" in found):
+        raise UsageError(f"ckpt_path={path} is no checkpoint of an SAE, or is damaged")

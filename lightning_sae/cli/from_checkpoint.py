@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_sae.checkpoint_format import TRAINED_WITH, upgrade
+from lightning_sae.checkpoint_format import PARTS, TRAINED_WITH, upgrade
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.parser import find_config
@@ -41,23 +41,33 @@ def with_its_settings(
         config: What it was parsed to, of its subcommand.
         foreign: The SAE of another library that it names. None: it names none.
     """
+    path = config.get("ckpt_path")
+    several = "SeveralSAEs" in _kinds_of(config.model)
+    if several and (foreign is not None or (path and Path(packaged_sae(path)).is_dir())):
+        raise UsageError(
+            f"ckpt_path={path} holds one SAE, and model=SeveralSAEs is measured from a checkpoint "
+            "of all: take the configuration of one, topk.yaml say"
+        )
     if foreign is not None:
         return [*tokens, *_of_foreign(foreign, config)]
     place = _after_packaged(tokens)
-    if place == 0 or not config.get("ckpt_path"):
+    if place == 0 or not path:
         return list(tokens)
     try:
         found = _noted_in(config)
     except (UsageError, OSError):  # which is told when the run begins
+        return list(tokens)
+    if several != (PARTS in found):  # which is refused when the run begins
         return list(tokens)
     settings = []
     if found.get("architecture") in _kinds_of(config.model) and TRAINED_WITH in found:
         arguments = {"n_features": found.get("hyper_parameters", {}).get("n_features")}
         # That of the configuration need not take what a class of the user's does.
         settings.append(f"--model={config.model.class_path}")
-        names = pkgutil.resolve_name(config.model.class_path).code_settings
+        sae, key = (config.model.init_args.sae, "model.sae") if several else (config.model, "model")
+        names = pkgutil.resolve_name(sae.class_path).code_settings
         noted = {name: value for name, value in found[TRAINED_WITH].items() if name in names}
-        settings += _as_options("model", arguments | noted)
+        settings += _as_options(key, arguments | noted)
     activations = found.get(_class_of(config.data), {}).get("activations", {})
     taken = config.data.get("init_args", {})  # a class of the user's may be about one model only
     # Whoever wrote the file may have noted a folder to write to beside them.

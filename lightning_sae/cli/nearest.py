@@ -16,11 +16,12 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_sae.data import StreamDataModule
 from lightning_sae.sae import SparseAutoencoder
+from lightning_sae.several_saes import SeveralSAEs
 
 __all__ = ["meant", "meant_file", "with_nearest_class", "with_nearest_key"]
 
 BASES: Final[tuple[type, ...]] = (
-    *(SparseAutoencoder, StreamDataModule, Callback, Logger, Strategy),
+    *(SparseAutoencoder, SeveralSAEs, StreamDataModule, Callback, Logger, Strategy),
     *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
 )
 """Classes whose subclasses are named in configurations."""
