@@ -133,4 +133,8 @@ class ScaledInputs(ExactBuffers):
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_model:
-            raise UsageError(f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}")
+            several = x.shape[-1] % self.d_model == 0 < x.shape[-1]
+            hint = "; SeveralSAEs trains an SAE for each of several sites" if several else ""
+            raise UsageError(
+                f"activations are {x.shape[-1]} wide, expected d_model={self.d_model}{hint}"
+            )

@@ -184,8 +184,10 @@ def test_the_first_batch_sets_origin_and_scale(make):
 
 def test_nonsense_is_refused_in_one_line():
     sae = TopKSAE(D_MODEL, N_FEATURES, K)
-    with pytest.raises(ValueError, match="activations are 5 wide, expected d_model=16"):
+    with pytest.raises(ValueError, match=r"activations are 5 wide, expected d_model=16$"):
         sae.encode(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="48 wide, expected d_model=16; SeveralSAEs trains"):
+        sae.encode(torch.zeros(3, 48))  # of three layers
     with pytest.raises(ValueError, match="must be finite and not all the same"):
         sae.loss(torch.ones(8, D_MODEL))
     with pytest.raises(ValueError, match="must be finite"):
