@@ -27,7 +27,7 @@ ROOMS = (
     (
         *("matches", "numerics", "zipf", "hooks", "layers", "residual_stream", "sites"),
         *("checks", "hyperparameters", "model_card", "tensor_files", "uncompiled", "quickstart"),
-        *("several_sites", "part", "temporary"),
+        *("several_sites", "part", "temporary", "host_copy"),
     ),
 )
 """From the top. What stands in one line may import from each other, but for the ground."""

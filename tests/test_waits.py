@@ -17,14 +17,14 @@ feature_choice = partial(
     FeatureChoiceSAE, *SIZES, mutual_choice_share=0, zipf_exponent=1.0, zipf_offset=2.0
 )
 STEADY = {
-    "topk": (partial(TopKSAE, *SIZES), 7),
-    "mutual choice": (partial(MutualChoiceSAE, *SIZES), 12),
-    "mutual choice, no discount": (partial(MutualChoiceSAE, *SIZES, rank_discount=0.0), 11),
+    "topk": (partial(TopKSAE, *SIZES), 3),
+    "mutual choice": (partial(MutualChoiceSAE, *SIZES), 5),
+    "mutual choice, no discount": (partial(MutualChoiceSAE, *SIZES, rank_discount=0.0), 4),
     "feature choice, first phase": (
         partial(FeatureChoiceSAE, *SIZES, mutual_choice_tokens=10**6),
-        16,
+        5,
     ),
-    "feature choice": (feature_choice, 14),
+    "feature choice": (feature_choice, 3),
 }
 """Rules, and how often each waits in a step in which no feature is dead."""
 

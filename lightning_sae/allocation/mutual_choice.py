@@ -26,7 +26,7 @@ from lightning_sae.selection import (
 def mutual_choice(
     affinities: Affinities,
     budget: int,
-    guess: float | None = None,
+    guess: Tensor | float | None = None,
     *,
     discount: RankDiscount | None = None,
     ranks: Ranks | None = None,
@@ -80,7 +80,7 @@ def mutual_choice(
 def _candidates(
     scores: Scores,
     budget: int,
-    guess: float | None,
+    guess: Tensor | float | None,
     discount: RankDiscount | None,
     ranks: Ranks | None,
 ) -> tuple[Matches, Tensor]:
@@ -88,20 +88,24 @@ def _candidates(
     if discount is not None:
         return _discounted(scores, budget, guess, discount, ranks)
     found = candidates_of_batch(scores, budget, guess)
-    if guess is not None and total_length(found.token, ranks) < budget:
+    if guess is not None and total_length(found.token, ranks) < budget and guess > 0:
         found = candidates_of_batch(scores, budget)
     return found, found.value
 
 
 def _discounted(
-    scores: Scores, budget: int, guess: float | None, discount: RankDiscount, ranks: Ranks | None
+    scores: Scores,
+    budget: int,
+    guess: Tensor | float | None,
+    discount: RankDiscount,
+    ranks: Ranks | None,
 ) -> tuple[Matches, Tensor]:
     """Do as `_candidates` does.
 
     What a pair is worth is at most its score, and shows beside all the larger ones of its token.
     """
     if guess is not None:
-        found = pairs_above(scores, just_below(torch.tensor(guess, device=scores.device)))
+        found = pairs_above(scores, just_below(torch.as_tensor(guess, device=scores.device)))
         worth = discount(found.token, found.value)
         if total_length(worth[worth >= guess], ranks) >= budget:
             _, _, by_feature = found.by_feature

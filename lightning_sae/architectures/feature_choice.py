@@ -19,13 +19,12 @@ from lightning_sae.allocation import (
 )
 from lightning_sae.architectures.budget_law import budget_law
 from lightning_sae.architectures.threshold import ThresholdSAE
+from lightning_sae.architectures.threshold_tracking import track
 from lightning_sae.checks import UsageError, require_choice, require_not_negative
 from lightning_sae.core.loading import require_finite
+from lightning_sae.host_copy import HostCopy
+from lightning_sae.numerics import widest_float
 from lightning_sae.selection import Scores
-
-_LEAST = 1e-3  # a threshold that sank to zero could not rise again in proportion
-_MISSED = 20  # matches in a row: chance alone does not explain that
-_FARTHEST = 0.5  # a logarithm: no batch moves a threshold further
 
 
 class FeatureChoiceSAE(ThresholdSAE):
@@ -133,6 +132,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         # features choose, but have no budgets, is refused.
         self.register_buffer("target_density", torch.zeros(n_features, dtype=torch.float32))
         self.register_buffer("choosing", torch.tensor(False))
+        self._chooses, self._shares = HostCopy(), HostCopy()
 
     @property
     def discount(self) -> RankDiscount | None:
@@ -158,7 +158,7 @@ class FeatureChoiceSAE(ThresholdSAE):
             ValueError: If the first batch of a run is too small already.
         """
         super().prepare(x)
-        if not self.choosing:
+        if not self._chooses.of(self.choosing):
             tokens = self.batch_tokens(x)
             if tokens and not self._started:
                 self._require_enough(tokens)
@@ -168,9 +168,9 @@ class FeatureChoiceSAE(ThresholdSAE):
 
     def choose(self, scores: Scores) -> Choice:
         """Match by mutual choice at first, later every feature with its budget of tokens."""
-        if not self.choosing:
+        if not self._chooses.of(self.choosing):
             return self.choose_by_batch(scores)
-        if self.per_batch or self.threshold.isnan().any():  # nothing is tracked yet
+        if self.per_batch or not self.has_thresholds:  # nothing is tracked yet
             return self._choose_per_batch(scores)
         matches = self.choose_per_token(scores)
         return Choice(matches, matches.per_feature())
@@ -178,7 +178,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     def _choose_per_batch(self, scores: Scores) -> Choice:
         tokens = self.batch_tokens(scores)
         # The same on every rank, and again after a resumption: tokens_seen is both.
-        seed = int(self.history.tokens_seen)
+        seed = self.history.seen
         budgets = round_budgets(self.budgets_for(tokens), seed=seed).clamp(max=tokens)
         return feature_choice_counting(
             scores, budgets.to(scores.device), self.threshold, ranks=self.choosing_ranks
@@ -187,7 +187,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     def prefix_order(self) -> Tensor | None:
         """Return features' places by their budgets, the largest first, once they have some."""
         place = self.target_density.argsort(descending=True, stable=True).argsort()
-        return place if self.choosing else None
+        return place if self._chooses.of(self.choosing) else None
 
     def budgets_for(self, tokens: int) -> Tensor:
         """Return each feature's budget in a batch of so many tokens, once features choose.
@@ -195,7 +195,10 @@ class FeatureChoiceSAE(ThresholdSAE):
         Returns:
             Real numbers of matches that sum to k * tokens, float64 on the CPU, (n_features,).
         """
-        shares = self.target_density.double().cpu()
+        shares = self._shares.of(self.target_density).double()
+        return self._in_proportion(shares, tokens)
+
+    def _in_proportion(self, shares: Tensor, tokens: int) -> Tensor:
         return shares * (self.k * tokens / shares.sum())
 
     @torch.no_grad()
@@ -241,7 +244,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         return torch.empty_like(by_rank).scatter_(0, order, by_rank)
 
     def _first_phase_is_over(self) -> bool:
-        seen = int(self.history.tokens_seen)
+        seen = self.history.seen
         if self.mutual_choice_tokens is not None:
             return seen >= self.mutual_choice_tokens
         if self.mutual_choice_share == 0:
@@ -266,32 +269,29 @@ class FeatureChoiceSAE(ThresholdSAE):
     def observe(self, scores: Scores, choice: Choice) -> None:
         """Move each threshold towards the one that as many tokens pass as the budget allows."""
         ranks = self.layout.ranks
-        if not self.choosing:
+        if not self._chooses.of(self.choosing):
             super().observe(scores, choice)
             return
         if choice.passing is None:
             raise TypeError("a choice by features must count the tokens that pass thresholds")
         tokens = ranks.count(scores, scores.device)
-        budgets = self.budgets_for(tokens).to(self.threshold)
-        if self.threshold.isnan().any():  # features choose from the start
+        shares = self.target_density.to(widest_float(self.target_density.device))
+        budgets = self._in_proportion(shares, tokens).to(self.threshold)
+        if not self.has_thresholds:  # features choose from the start
             counts = budgets.round().long().clamp(max=tokens).to(scores.device)
             self.threshold.copy_(midpoint_thresholds(scores, counts, ranks=ranks))
             return
-        # In proportion, because scores have no unit of their own; and by all of the excess, or rare
-        # features, whose counts are the most uneven, would fire too often.
-        passing = ranks.all_reduce(choice.passing)
         missed = self.history.tokens_since_fired * self.target_density
-        patience = self.patience * (missed < _MISSED)
-        memory = (patience + budgets / self.tracking).clamp_min(_LEAST)  # a batch may be empty
-        step = ((passing - budgets) / memory).clamp(max=_FARTHEST)
-        self.threshold.mul_(step.exp()).clamp_min_(_LEAST)
+        rates = {"tracking": self.tracking, "patience": self.patience}
+        track(self.threshold, ranks.all_reduce(choice.passing), budgets, missed, **rates)
+        self._note_thresholds()
 
     def calibrated(self, scaled: Tensor) -> Tensor:
         """Return all thresholds times the factor that gives exactly k matches a token here.
 
         What they are to each other stays: how often a rare feature fires depends on the documents.
         """
-        if not self.choosing or self.threshold.isnan().any():
+        if not self._chooses.of(self.choosing) or not self.has_thresholds:
             return super().calibrated(scaled)
         scores, ranks = self.scores(scaled), self.layout.ranks
         budget = self.k * ranks.count(scaled, scaled.device)

@@ -23,6 +23,7 @@ from lightning_sae.checks import UsageError, require_choice, require_k, require_
 from lightning_sae.core.gate import Gate, require_plain
 from lightning_sae.core.input_scaling import NormalizeInputs
 from lightning_sae.core.loading import require_finite
+from lightning_sae.host_copy import HostCopy
 from lightning_sae.matches import Matches
 from lightning_sae.metrics import FractionOfVarianceUnexplained
 from lightning_sae.parallel import Ranks
@@ -70,7 +71,7 @@ class ThresholdSAE(SparseAutoencoder):
     averaging = 0.9
     threshold_per_feature: ClassVar[bool] = False
     threshold: Tensor
-    _cuts: tuple[float, float] | None = None  # what the last two batches were cut at
+    _cuts: tuple[Tensor, Tensor] | None = None  # what the last two batches were cut at
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class ThresholdSAE(SparseAutoencoder):
         self.importance = importance
         self.rank_discount = rank_discount
         self.scope = scope
+        self._unknown = HostCopy()  # whether a threshold is
         shape = (n_features,) if self.threshold_per_feature else ()
         self.register_buffer("threshold", torch.full(shape, torch.nan, dtype=torch.float32))
 
@@ -100,6 +102,15 @@ class ThresholdSAE(SparseAutoencoder):
     def discount(self) -> RankDiscount | None:
         """What matches of a token beyond its k-th count for; None: as much as all others."""
         return RankDiscount(self.k, self.rank_discount) if self.rank_discount else None
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether all thresholds have been set."""
+        return not self._unknown.read(lambda: self.threshold.isnan().any(), self.threshold)
+
+    def _note_thresholds(self) -> None:
+        """Have the next step know whether there are thresholds, once this one has moved them."""
+        self._unknown.send(self.threshold.isnan().any(), self.threshold)
 
     @property
     def choosing_ranks(self) -> Ranks | None:
@@ -117,8 +128,8 @@ class ThresholdSAE(SparseAutoencoder):
         if self._cuts is not None:
             # Cuts fall while dictionaries improve. Without influence on the choice, so not saved.
             before, last = self._cuts
-            margin = min(2 * abs(last - before) + 0.03 * last, 0.2 * last)
-            guess = last - margin if last > 0 else None
+            margin = (2 * (last - before).abs() + 0.03 * last).minimum(0.2 * last)
+            guess = (last - margin).nan_to_num(0.0).to(scores.device)
         budget = self.k * self.batch_tokens(scores)
         return Choice(
             mutual_choice(scores, budget, guess, discount=self.discount, ranks=self.choosing_ranks)
@@ -223,7 +234,7 @@ class ThresholdSAE(SparseAutoencoder):
         Raises:
             ValueError: If no training batch has set the threshold.
         """
-        if self.threshold.isnan().any():
+        if not self.has_thresholds:
             raise UsageError(
                 f"threshold of {type(self).__name__} is not calibrated: "
                 "train on at least one batch, or load a trained checkpoint, before inference"
@@ -244,15 +255,14 @@ class ThresholdSAE(SparseAutoencoder):
         """Move the threshold towards what this batch was cut at."""
         chosen = choice.matches
         seen = self.batch_threshold(chosen).float()
-        if bool(seen.isnan()):
-            return
+        nothing, before = seen.isnan(), self._cuts[1] if self._cuts else seen
         own = self.scope == "local" and len(chosen) > 0
-        last = float(self._worth(chosen).min() if own else seen)
-        self._cuts = (self._cuts[1] if self._cuts else last, last)
-        first = self.threshold.isnan()
-        self.threshold.copy_(
-            torch.where(first, seen, self.threshold.lerp(seen, 1 - self.averaging))
-        )
+        last = (self._worth(chosen).min() if own else seen).float().where(~nothing, before)
+        self._cuts = before, last
+        moved = self.threshold.lerp(seen, 1 - self.averaging)
+        moved = seen.where(self.threshold.isnan(), moved)
+        self.threshold.copy_(self.threshold.where(nothing, moved))
+        self._note_thresholds()
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuse also thresholds that are not finite, unless no batch has set them: all NaN."""

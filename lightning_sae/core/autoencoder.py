@@ -18,6 +18,7 @@ from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.core.nested import NestedDictionary
 from lightning_sae.core.ordinary_tokens import MASSIVE, is_massive
 from lightning_sae.core.revival import Revival
+from lightning_sae.host_copy import HostCopy
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import typed_as, wide
 from lightning_sae.parallel import local
@@ -93,6 +94,7 @@ class Autoencoder(NestedDictionary, ABC):
         self.max_norm_multiple = max_norm_multiple
         k_aux = k_aux if k_aux is not None else max(1, d_model // 2)
         self.revival = Revival(aux_coefficient, dying_below, k_aux, aux_every)
+        self._initialized = HostCopy()
         self.history = FiringHistory(n_features, dead_after_tokens)
 
     @property
@@ -112,7 +114,7 @@ class Autoencoder(NestedDictionary, ABC):
 
     def prepare(self, x: Tensor) -> None:
         """Turn what a schedule turns, before a batch (tokens, d_model) is chosen from."""
-        if not self.initialized and self.layout.ranks.count(x, x.device):
+        if not self._initialized.of(self.initialized) and self.layout.ranks.count(x, x.device):
             self.initialize(x)
 
     def share_is_over(self, share: float) -> bool | None:
@@ -187,7 +189,7 @@ class Autoencoder(NestedDictionary, ABC):
 
     def ordinary(self, x: Tensor) -> Tensor:
         """Return those of some activations (tokens, d_model) that training does not leave out."""
-        if self.max_norm_multiple is None or not self.initialized:
+        if self.max_norm_multiple is None or not self._initialized.of(self.initialized):
             return x
         self._check_width(x)
         return x[~self._massive(x)]
@@ -240,8 +242,9 @@ class Autoencoder(NestedDictionary, ABC):
             with torch.no_grad():
                 total = self.history.update(matches.per_feature(), len(scaled), ranks)
                 self.observe(scores, choice)
+                self.revival.send(self.history)
             if ranks.size > 1:  # what each token weighs, where ranks have other numbers of them
-                own = total.new_tensor(len(scaled) * ranks.size)
+                own = total.new_full((), len(scaled) * ranks.size)
                 loss = loss * (own / total.clamp_min(1)).to(loss)
         stats["dead_fraction"] = self.history.dead().float().mean()
         stats |= self.threshold_statistics()

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sae.checks import require_positive
 from lightning_sae.core.exact_buffers import ExactBuffers
 from lightning_sae.core.loading import require_finite
+from lightning_sae.host_copy import HostCopy
 from lightning_sae.parallel import Ranks
 from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
@@ -40,6 +41,7 @@ class FiringHistory(ExactBuffers):
         super().__init__()
         require_positive(dead_after_tokens=dead_after_tokens)
         self.dead_after_tokens = dead_after_tokens
+        self._seen = HostCopy()
         self.register_buffer("tokens_seen", torch.tensor(0))
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64))
         self.register_buffer("density", torch.zeros(n_features, dtype=torch.float32))
@@ -53,12 +55,17 @@ class FiringHistory(ExactBuffers):
         require_finite(state, "tokens_seen", "tokens_since_fired", "density", least=0)
 
     @property
+    def seen(self) -> int:
+        """`tokens_seen` as a number, which does not wait for the device."""
+        return int(self._seen.of(self.tokens_seen))
+
+    @property
     def window(self) -> int:
         """Over how many tokens `density` is measured by now.
 
         Of densities that came with another library's SAE, over as many as the rarest feature needs.
         """
-        seen = int(self.tokens_seen)
+        seen = self.seen
         if seen == 0 and self.density.any():
             seen = math.ceil(1 / float(self.density[self.density > 0].min()))
         return min(seen, self.dead_after_tokens)
@@ -87,10 +94,11 @@ class FiringHistory(ExactBuffers):
             tokens: Tokens of this rank.
             ranks: Over which both are added up.
         """
-        counts = torch.cat([fires, self.tokens_seen.new_tensor([tokens])])
+        counts = torch.cat([fires, self.tokens_seen.new_full((1,), tokens)])
         fires, total_row = ranks.all_reduce(counts).split([len(fires), 1])
         total: Tensor = total_row.squeeze()
         self.tokens_seen += total
+        self._seen.send(self.tokens_seen, self.tokens_seen)
         self.tokens_since_fired += total
         self.tokens_since_fired.masked_fill_(fires > 0, 0)
         # The mean over all tokens until there are dead_after_tokens of them, then a running one.

@@ -6,6 +6,9 @@ to reconstruct what the others leave of the activations.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from lightning_sae.checks import UsageError, require_not_negative, require_posit
 from lightning_sae.core.dictionary import Dictionary
 from lightning_sae.core.firing_history import FiringHistory
 from lightning_sae.core.losses import reconstruction_loss
+from lightning_sae.host_copy import HostCopy, true_places
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
 
@@ -47,6 +51,7 @@ class Revival:
         self.dying_below = dying_below
         self.k = k
         self.every = every
+        self._counts = HostCopy()
 
     def loss(
         self, dictionary: Dictionary, history: FiringHistory, scaled: Tensor, error: Tensor
@@ -61,20 +66,35 @@ class Revival:
         """
         if self.coefficient == 0:
             return {}
-        dead, deficit = history.dead(), self._deficit(history)
-        dying = ~dead & (deficit > 1 - self.dying_below)
+        dead, dying, deficit = self._groups(history)
+        counts = self._counts.read(partial(_counts, dead, dying), *self._sources(history)).tolist()
         scaled, error = scaled[:: self.every], error[:: self.every]
         places = self.k, max(1, self.k // FEWER_DYING)
         loss = aux_zipf_loss(
             error,
-            _modelled(dictionary, dead, dead.float(), scaled, places[0]),
-            _modelled(dictionary, dying, deficit, scaled, places[1]),
+            _modelled(dictionary, true_places(dead, counts[0]), dead.float(), scaled, places[0]),
+            _modelled(dictionary, true_places(dying, counts[1]), deficit, scaled, places[1]),
             self.dying_below,
             dictionary.layout.ranks,
             filled=(_filled(dead, places[0]), _filled(dying, places[1])),
         )
         name = "aux_zipf_loss" if self.dying_below else "aux_k_loss"
         return {name: self.coefficient * loss}
+
+    def send(self, history: FiringHistory) -> None:
+        """Have the dead and dying counted, at the end of a step, for the next one."""
+        if self.coefficient:
+            dead, dying, _ = self._groups(history)
+            self._counts.send(_counts(dead, dying), *self._sources(history))
+
+    def _groups(self, history: FiringHistory) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which features are dead, which are dying, and all deficits, (n_features,) each."""
+        dead, deficit = history.dead(), self._deficit(history)
+        return dead, ~dead & (deficit > 1 - self.dying_below), deficit
+
+    def _sources(self, history: FiringHistory) -> tuple[Any, ...]:
+        settings = history.dead_after_tokens, self.dying_below
+        return history.tokens_since_fired, history.density, history.tokens_seen, *settings
 
     def _deficit(self, history: FiringHistory) -> Tensor:
         return history.deficit() if self.dying_below else torch.zeros_like(history.density)
@@ -177,10 +197,9 @@ def aux_zipf_loss(
 
 
 def _modelled(
-    dictionary: Dictionary, mask: Tensor, weights: Tensor, scaled: Tensor, k: int
+    dictionary: Dictionary, features: Tensor, weights: Tensor, scaled: Tensor, k: int
 ) -> Tensor | None:
     """Return what each token's k of some features, of largest weighted affinity, add up to."""
-    features = mask.nonzero().squeeze(1)
     if not len(features):
         return None
     with torch.no_grad():
@@ -195,6 +214,10 @@ def _modelled(
     matches = dictionary.with_gradient(scaled, chosen)
     weighted = weights.to(matches.value)[matches.feature]
     return dictionary.sum_directions(matches.with_values(matches.value * weighted))
+
+
+def _counts(dead: Tensor, dying: Tensor) -> Tensor:
+    return torch.stack([dead.sum(), dying.sum()])
 
 
 def _filled(mask: Tensor, places: int) -> Tensor:

@@ -93,6 +93,7 @@ class Ranks:
         """Make a tensor on all ranks, in place, what it is on the first."""
         if self.size > 1:
             dist.broadcast(tensor, group=self.group, group_src=0)
+            torch.autograd.graph.increment_version(tensor)  # which torch leaves out
 
     def count(self, rows: Sized, device: torch.device) -> int:
         """Return how many rows there are on all ranks together.

@@ -9,7 +9,9 @@ from lightning_sae.selection.ranking import largest_pairs, largest_pairs_of_each
 from lightning_sae.selection.scores import Scores
 
 
-def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None) -> Matches:
+def candidates_of_batch(
+    scores: Scores, budget: int, guess: Tensor | float | None = None
+) -> Matches:
     """Return pairs that hold the `budget` largest positive ones of the batch.
 
     Args:
@@ -29,7 +31,7 @@ def candidates_of_batch(scores: Scores, budget: int, guess: float | None = None)
         if searched is not None:
             return searched
     found = PairBuffer(scores.shape, 2 * budget, scores.device)
-    bound = torch.tensor(guess or 0.0, device=scores.device)
+    bound = torch.as_tensor(0.0 if guess is None else guess, device=scores.device)
     for features, tile in scores.feature_tiles():
         if guess is None:
             bound = bound.maximum(tile.bound(budget)) if budget else bound

@@ -89,7 +89,9 @@ class Search(ABC):
             raise FloatingPointError("scores are not finite")
         return Matches(token, feature, score, self.shape)
 
-    def candidates_of_batch(self, budget: int, guess: float | None = None) -> Matches | None:
+    def candidates_of_batch(
+        self, budget: int, guess: Tensor | float | None = None
+    ) -> Matches | None:
         """Return pairs that hold the `budget` largest of all; None if tiles find them sooner.
 
         Args:
@@ -98,7 +100,7 @@ class Search(ABC):
                 than the budget.
         """
         if guess is not None:
-            bound = torch.tensor([guess], device=self.device)
+            bound = torch.as_tensor(guess, device=self.device).reshape(1)
             found = self._above(just_below(bound), most=2 * budget)
             if found is not None:
                 return found

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lightning_sae
+from lightning_sae import host_copy
+from lightning_sae.host_copy import HostCopy
 from lightning_sae.kernels import dispatch, dots, maxima, pairs, sums
 from lightning_sae.sparse import encode
 
@@ -31,18 +33,23 @@ class Waits(TorchDispatchMode):
     """Counts operations that would wait for a GPU, by the line of the package they come from.
 
     These are numbers that are read, results whose shape is in the data, and constants that are
-    copied to the device. Those of the stand-ins for kernels are left out.
+    copied to the device. What stands in for kernels is left out, and so is a `HostCopy` that was
+    sent before: not in this block of `with`, but in an earlier one.
 
     Attributes:
         found: How many there were, by place, operation and file.
     """
 
+    now: Waits | None = None  # the step under way
+
     def __init__(self) -> None:
         super().__init__()
+        self.arrived: dict[int, Tensor] = {}  # copies on the host, by address
         self.found: Counter[str] = Counter()
         self._functions = _Functions(self)
 
     def __enter__(self) -> Waits:
+        Waits.now = self
         self._functions.__enter__()
         super().__enter__()
         return self
@@ -50,6 +57,7 @@ class Waits(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._functions.__exit__(*error)
+        Waits.now = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
@@ -58,9 +66,15 @@ class Waits(TorchDispatchMode):
             isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8)
             for each in tree_leaves(args[1])
         )
+        if name in READS and self.is_here(args[0]):
+            return func(*args, **(kwargs or {}))
         if name in READS | SHAPES | {"lift_fresh"} or sized or masks:
             self.count(name)
         return func(*args, **(kwargs or {}))
+
+    def is_here(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is on the host already."""
+        return tensor.untyped_storage().data_ptr() in self.arrived
 
     def count(self, name: str) -> None:
         """Count an operation at the place where the package asks for it."""
@@ -82,7 +96,8 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         to_cpu = name == "to" and "cpu" in [each for each in args[1:2] if isinstance(each, str)]
-        if name in COPIES or to_cpu:
+        to_cpu = to_cpu and not (kwargs or {}).get("non_blocking")
+        if to_cpu or (name in COPIES and not self._waits.is_here(args[0])):
             self._waits.count(name)
         return func(*args, **(kwargs or {}))
 
@@ -93,12 +108,32 @@ def on_kernels(patch: pytest.MonkeyPatch) -> Iterator[None]:
     with patch.context() as patched:
         for module in (dispatch, encode):
             patched.setattr(module, "has_kernel", lambda tensor: tensor.dtype in dispatch.DTYPES)
+        patched.setattr(host_copy, "_is_host", lambda tensor: False)
+        patched.setattr(HostCopy, "send", _send)
+        patched.setattr(HostCopy, "read", _read)
         patched.setattr(torch.cuda, "device", contextlib.nullcontext)
         patched.setattr(pairs, "launch", _unseen(_launch))
         patched.setattr(maxima, "launch", _unseen(_launch))
         patched.setattr(sums, "_launch", _unseen(_sum_rows))
         patched.setattr(dots, "_dot_rows", {(i,): _unseen(_dot_rows) for i in range(10_000)})
         yield
+
+
+_send_really, _read_really = HostCopy.send, HostCopy.read
+
+
+def _send(copy: Any, *args: Any) -> None:
+    _send_really(copy, *args)
+    copy.sent_in = Waits.now
+
+
+def _read(copy: Any, *args: Any) -> Tensor:
+    found = _read_really(copy, *args)
+    if Waits.now is not None:
+        if getattr(copy, "sent_in", None) is Waits.now:
+            Waits.now.count("arrival")
+        Waits.now.arrived[found.untyped_storage().data_ptr()] = found
+    return found
 
 
 def _unseen(kernel: Any) -> Any:
