@@ -10,12 +10,12 @@ from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
 from lightning_sae.core import Autoencoder
 from lightning_sae.core.loading import refuse_unfit
-from lightning_sae.optim.resumable import Resumable
+from lightning_sae.optim.resumable import SAEModule
 
 __all__ = ["CheckpointedAutoencoder"]
 
 
-class CheckpointedAutoencoder(Autoencoder, Resumable):
+class CheckpointedAutoencoder(Autoencoder, SAEModule):
     """What checkpoints note of it, and which of them it refuses.
 
     Attributes:
@@ -32,7 +32,7 @@ class CheckpointedAutoencoder(Autoencoder, Resumable):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a trained SAE, as `Resumable` does; one of several is in a folder of its own."""
+        """Load a trained SAE, as `SAEModule` does; one of several is in a folder of its own."""
         if isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path):
             require_one(open_checkpoint(Path(checkpoint_path).expanduser()), checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

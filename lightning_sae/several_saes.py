@@ -18,7 +18,7 @@ from lightning_sae.data.batches import activations_in
 from lightning_sae.matches import Matches
 from lightning_sae.optim.averaging import average_weights_only
 from lightning_sae.optim.chunked_adam import ChunkedAdam
-from lightning_sae.optim.resumable import Resumable
+from lightning_sae.optim.resumable import SAEModule
 from lightning_sae.part import parts_of_widths
 from lightning_sae.sae import Encoded, SparseAutoencoder
 from lightning_sae.uncompiled import uncompiled
@@ -28,7 +28,7 @@ __all__ = ["SeveralSAEs"]
 MakeSAE = Callable[[int], SparseAutoencoder]
 
 
-class SeveralSAEs(Resumable):
+class SeveralSAEs(SAEModule):
     """Trains an SAE for each of several sites, whose activations are beside each other.
 
     Data modules that read several sites have them so: the model, which is most of the cost, runs

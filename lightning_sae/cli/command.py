@@ -47,7 +47,7 @@ from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
 from lightning_sae.data import StreamDataModule
 from lightning_sae.interop import FoldedSAE, is_foreign, load_foreign
-from lightning_sae.optim.resumable import Resumable
+from lightning_sae.optim.resumable import SAEModule
 from lightning_sae.quickstart import packaged_sae
 
 __all__ = ["SparseAutoencoderCLI", "main"]
@@ -88,7 +88,7 @@ def main(args: ArgsType = None) -> None:
             return
         caching = name == "cache"
         cli = SparseAutoencoderCLI(
-            Resumable,  # an SAE, or several
+            SAEModule,  # an SAE, or several
             StreamDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -14,10 +14,10 @@ from lightning_sae.hyperparameters import PlainHyperparameters
 from lightning_sae.optim.logged_steps import write_curves
 from lightning_sae.optim.resumption import Resumption
 
-__all__ = ["Resumable"]
+__all__ = ["SAEModule"]
 
 
-class Resumable(PlainHyperparameters, pl.LightningModule):
+class SAEModule(PlainHyperparameters, pl.LightningModule):
     """A module that goes on from a checkpoint as if it had not stopped, and runs nothing in it."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -253,7 +253,8 @@ def test_every_optimizer_is_spelled_out(path: Path):
     """A class that a user swaps in would silently inherit what is left unsaid."""
     config = yaml.safe_load(path.read_text())
     if "model" in config:
-        optimizer = config["model"]["init_args"]["optimizer"]
+        settings = config["model"]["init_args"]
+        optimizer = settings.get("sae", {}).get("init_args", settings)["optimizer"]
         said = {"lr", "betas", "eps", "weight_decay"}
         if optimizer["class_path"] == "torch.optim.Adam":
             said.add("fused")

@@ -61,7 +61,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("model.lr_scheduler", "NoSuch", '"model.lr_scheduler": there is no class NoSuch'),
     ("model.lr_scheduler", scheduler(), "required: step_size"),
     ("model", "NoSuchSAE", '"model": there is no class NoSuchSAE'),
-    ("model", "torch.nn.Linear", "not correspond to a subclass of SparseAutoencoder"),
+    ("model", "torch.nn.Linear", "not correspond to a subclass of SAEModule"),
     ("model", "lightning_sae.SparseAutoencoder", "but is abstract"),
     # the data
     ("data", "torch.nn.Linear", "does not correspond to a subclass of"),
