@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopy", "true_places"]
+__all__ = ["HostCopy", "look", "true_places"]
 
 
 class HostCopy:
@@ -81,6 +81,12 @@ def _are_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
         and state == later
         for (one, state), (other, later) in zip(before, now, strict=True)
     )
+
+
+def look(*numbers: Tensor) -> list[int]:
+    """Return numbers, 0-d each, bool or int64, of which the device is asked for all at once."""
+    found: list[int] = torch.stack([number.long() for number in numbers]).tolist()
+    return found
 
 
 def true_places(mask: Tensor, count: int) -> Tensor:

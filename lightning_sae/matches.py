@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_sae.host_copy import true_places
+
 Pairs = tuple[Tensor, Tensor, Tensor]  # token, feature and value of each
 
 
@@ -48,10 +50,15 @@ class Matches:
         values = self.value if values is None else values
         return values.new_zeros(self.shape).index_put((self.token, self.feature), values)
 
-    def select(self, chosen: Tensor) -> "Matches":
-        """Return the matches that a mask (matches,) marks, or those of given numbers, int64."""
+    def select(self, chosen: Tensor, count: int | None = None) -> "Matches":
+        """Return the matches that a mask (matches,) marks, or those of given numbers, int64.
+
+        Args:
+            chosen: Either of them.
+            count: How many a mask marks, if that is known: else a device has to be asked.
+        """
         if chosen.dtype == torch.bool:
-            chosen = chosen.nonzero().squeeze(1)
+            chosen = chosen.nonzero().squeeze(1) if count is None else true_places(chosen, count)
         return Matches(self.token[chosen], self.feature[chosen], self.value[chosen], self.shape)
 
     def of_first(self, tokens: int) -> "Matches":

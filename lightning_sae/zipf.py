@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sae.checks import UsageError
+from lightning_sae.numerics import widest_float
 
 __all__ = [
     "DYING_BELOW",
@@ -152,9 +153,24 @@ def zipf_deficit(density: Tensor, tokens: int) -> Tensor:
         tensor([0.0000, 0.6000])
     """
     law = fit_zipf(density, tokens)
+    return deficit_by(density, law.scale, law.exponent, law.offset)
+
+
+def deficit_by(
+    density: Tensor, scale: Tensor | float, exponent: Tensor | float, offset: Tensor | float
+) -> Tensor:
+    """Return what `zipf_deficit` does, for a law that is known, on the device of the densities.
+
+    Args:
+        density: As for `zipf_deficit`.
+        scale: As in `ZipfMandelbrot`, a number or 0-d.
+        exponent: See there.
+        offset: See there.
+    """
     order = density.argsort(descending=True, stable=True)
-    expected = torch.empty(density.shape, dtype=torch.float64, device=density.device)
-    expected[order] = law.density(torch.arange(1, density.numel() + 1)).to(density.device)
+    ranks = torch.arange(1, density.numel() + 1, device=density.device)
+    law = scale / (ranks.to(widest_float(density.device)) + offset) ** exponent
+    expected = torch.empty_like(law).index_copy_(0, order, law)
     return (1 - density / expected).clamp(0, 1).float()
 
 

@@ -11,6 +11,7 @@ from lightning_sae.allocation.across_ranks import among_largest_of_all, on_ranks
 from lightning_sae.allocation.affinities import Affinities, as_scores, valued
 from lightning_sae.allocation.rank_discount import RankDiscount
 from lightning_sae.checks import UsageError
+from lightning_sae.host_copy import look
 from lightning_sae.matches import Matches
 from lightning_sae.numerics import just_below
 from lightning_sae.parallel import Ranks
@@ -21,6 +22,9 @@ from lightning_sae.selection import (
     largest_pairs,
     pairs_above,
 )
+
+_ROOM = 2  # for how many times as many pairs as are chosen a search has room
+_ROOM_FOR_CROWDED = 3  # where many are above a cut that are worth less
 
 
 def mutual_choice(
@@ -64,8 +68,13 @@ def mutual_choice(
         raise UsageError(
             f"budget={budget} is out of range: the batch has {pairs} pairs{on_ranks(ranks)}"
         )
+    alone = ranks is None or ranks.size == 1
+    if alone and budget > 0 and guess is not None:
+        at_once = _at_once(scores, budget, guess, discount)
+        if at_once is not None:
+            return valued(at_once, affinities)
     found, worth = _candidates(scores, budget, guess, discount, ranks)
-    if ranks is None or ranks.size == 1:
+    if alone:
         chosen = among_largest_pairs(found.token, worth, budget)
         return valued(found.select(chosen).sort(), affinities)
     order = found.token.argsort(stable=True)
@@ -75,6 +84,30 @@ def mutual_choice(
         everything, worth, budgets, ranks, own_tokens=len(scores), all_tokens=tokens
     )
     return valued(found.select(chosen), affinities)
+
+
+def _at_once(
+    scores: Scores, budget: int, guess: Tensor | float, discount: RankDiscount | None
+) -> Matches | None:
+    """Return the choice if it is among what a search finds above the guess, else nothing.
+
+    The device is asked once, when all is done, whether it was so.
+    """
+    if scores.search is None:
+        return None
+    guess = torch.as_tensor(guess, device=scores.device)
+    room = budget * (_ROOM if discount is None else _ROOM_FOR_CROWDED)
+    found, sound = scores.search.some_above(just_below(guess).reshape(1), room)
+    worth = found.value if discount is None else discount(found.token, found.value)
+    cut = worth.topk(budget).values[-1]
+    chosen = worth >= cut
+    enough = (cut >= guess) & (cut > 0)
+    number, is_sound = look(chosen.sum(), sound & enough)
+    if not is_sound:
+        return None
+    if number > budget:  # equal ones
+        chosen = among_largest_pairs(found.token, worth, budget)
+    return found.select(chosen, budget).sort()
 
 
 def _candidates(

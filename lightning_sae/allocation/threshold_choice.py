@@ -13,15 +13,21 @@ from lightning_sae.allocation.affinities import Affinities, as_scores, valued
 from lightning_sae.allocation.common_threshold import cut_above
 from lightning_sae.allocation.feature_choice import feature_choice, require_budgets
 from lightning_sae.allocation.rank_discount import RankDiscount
+from lightning_sae.host_copy import look
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
 from lightning_sae.selection import pairs_above
 
 _SMALLEST = 1e-12  # a threshold that scores are divided by
+_ROOM = 3  # for how many times as many pairs as are expected a search has room
 
 
 def threshold_choice(
-    affinities: Affinities, threshold: Tensor | float, *, discount: RankDiscount | None = None
+    affinities: Affinities,
+    threshold: Tensor | float,
+    *,
+    discount: RankDiscount | None = None,
+    expected: int | None = None,
 ) -> Matches:
     """Take every pair whose affinity is above a threshold.
 
@@ -30,6 +36,8 @@ def threshold_choice(
         threshold: One number, or one a feature, shape (features,). Negative ones act as zero.
         discount: What pairs are worth beside larger ones of their token, all as multiples of their
             features' thresholds. Default: their affinity.
+        expected: About how many pairs that will be. It has no influence on the choice; without it
+            a GPU is waited for more often.
 
     Raises:
         ValueError: If the affinities are not two-dimensional.
@@ -39,13 +47,27 @@ def threshold_choice(
         >>> threshold_choice(torch.tensor([[3.0, 1.0, -1.0]]), -2.0).to_dense()
         tensor([[3., 1., 0.]])
     """
-    thresholds = torch.as_tensor(threshold)
-    found = pairs_above(as_scores(affinities), thresholds)
+    thresholds, scores = torch.as_tensor(threshold), as_scores(affinities)
+    if scores.search is not None and expected:
+        each = thresholds.to(scores.device).expand(scores.shape[1])
+        found, sound = scores.search.some_above(each, _ROOM * expected)
+        chosen = (found.value > 0) & _is_worth_it(found, thresholds, discount)
+        number, is_sound = look(chosen.sum(), sound)
+        if is_sound:
+            return valued(found.select(chosen, number).sort(), affinities)
+    found = pairs_above(scores, thresholds)
     if discount is not None:
-        own = thresholds.to(found.value).expand(found.shape[1])[found.feature]
-        share = discount.share(found.token, found.value / own.clamp_min(_SMALLEST))
-        found = found.select(found.value * share > own)
+        found = found.select(_is_worth_it(found, thresholds, discount))
     return valued(found, affinities)
+
+
+def _is_worth_it(found: Matches, thresholds: Tensor, discount: RankDiscount | None) -> Tensor:
+    """Return which pairs are above their thresholds also beside larger ones of their token."""
+    if discount is None:
+        return torch.ones_like(found.token, dtype=torch.bool)
+    own = thresholds.to(found.value).expand(found.shape[1])[found.feature]
+    share = discount.share(found.token, found.value / own.clamp_min(_SMALLEST))
+    return found.value * share > own
 
 
 def midpoint_thresholds(

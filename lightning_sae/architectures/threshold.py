@@ -239,7 +239,8 @@ class ThresholdSAE(SparseAutoencoder):
                 f"threshold of {type(self).__name__} is not calibrated: "
                 "train on at least one batch, or load a trained checkpoint, before inference"
             )
-        return threshold_choice(scores, self.threshold, discount=self.discount)
+        expected = self.k * len(scores)
+        return threshold_choice(scores, self.threshold, discount=self.discount, expected=expected)
 
     def gate(self) -> Gate:
         """Return that affinities above the threshold are the code.

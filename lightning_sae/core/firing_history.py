@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from lightning_sae.core.exact_buffers import ExactBuffers
 from lightning_sae.core.loading import require_finite
 from lightning_sae.host_copy import HostCopy
 from lightning_sae.parallel import Ranks
-from lightning_sae.zipf import ZipfFitError, zipf_deficit
 
 __all__ = ["FiringHistory"]
 
@@ -73,17 +71,6 @@ class FiringHistory(ExactBuffers):
     def dead(self) -> Tensor:
         """Return which features have not fired for `dead_after_tokens`, bool, (n_features,)."""
         return self.tokens_since_fired >= self.dead_after_tokens
-
-    def deficit(self) -> Tensor:
-        """Return by which share each feature falls short of its Zipf density, (n_features,).
-
-        Zero for all while nothing is known: in the first `dead_after_tokens` tokens, over which
-        nearly every feature would seem to fall short, or when too few features are live for a fit.
-        """
-        if self.window == self.dead_after_tokens:
-            with suppress(ZipfFitError):
-                return zipf_deficit(self.density, self.window)
-        return torch.zeros_like(self.density)
 
     @torch.no_grad()
     def update(self, fires: Tensor, tokens: int, ranks: Ranks) -> Tensor:

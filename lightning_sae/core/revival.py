@@ -6,6 +6,7 @@ to reconstruct what the others leave of the activations.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from lightning_sae.allocation import token_choice
 from lightning_sae.checks import UsageError, require_not_negative, require_positive, require_share
 from lightning_sae.core.dictionary import Dictionary
+from lightning_sae.core.exact_buffers import ExactBuffers
 from lightning_sae.core.firing_history import FiringHistory
 from lightning_sae.core.losses import reconstruction_loss
 from lightning_sae.host_copy import HostCopy, true_places
 from lightning_sae.matches import Matches
 from lightning_sae.parallel import Ranks
+from lightning_sae.zipf import ZipfFitError, deficit_by, fit_zipf
 
 __all__ = ["Revival", "aux_k_loss", "aux_zipf_loss"]
 
@@ -29,7 +32,12 @@ feature would learn a small piece of what is missing; with few, it aims at whole
 not tuned."""
 
 
-class Revival:
+FITS = 8
+"""How often the law of densities is fitted anew, in `dead_after_tokens`, over which these are
+measured: it changes less than single densities do, and a fit waits for the device."""
+
+
+class Revival(ExactBuffers):
     """Lets dead and dying features learn to explain the remaining error.
 
     Args:
@@ -39,11 +47,20 @@ class Revival:
         k: Dead features a token may use, and an eighth as many dying ones.
         every: One token in so many is used.
 
+    Attributes:
+        law: Scale, exponent and offset of the law of densities, if dying features are helped,
+            float32, (3,); NaN while none is known.
+        fitted_at: Tokens seen when it was fitted, int64, 0-d; -1 before.
+
     Raises:
         ValueError: If one of them is out of range.
     """
 
+    law: Tensor
+    fitted_at: Tensor
+
     def __init__(self, coefficient: float, dying_below: float, k: int, every: int) -> None:
+        super().__init__()
         require_positive(k_aux=k, aux_every=every)
         require_not_negative(aux_coefficient=coefficient)
         require_share(dying_below=dying_below)
@@ -51,7 +68,11 @@ class Revival:
         self.dying_below = dying_below
         self.k = k
         self.every = every
-        self._counts = HostCopy()
+        self._counts, self._fitted_at = HostCopy(), HostCopy()
+        if dying_below:
+            self.register_buffer("law", torch.full((3,), torch.nan, dtype=torch.float32))
+            self.register_buffer("fitted_at", torch.tensor(-1))
+        self.register_load_state_dict_pre_hook(_forgo_law)  # type: ignore[no-untyped-call]  # as torch has it
 
     def loss(
         self, dictionary: Dictionary, history: FiringHistory, scaled: Tensor, error: Tensor
@@ -66,6 +87,7 @@ class Revival:
         """
         if self.coefficient == 0:
             return {}
+        self._fit(history)
         dead, dying, deficit = self._groups(history)
         counts = self._counts.read(partial(_counts, dead, dying), *self._sources(history)).tolist()
         scaled, error = scaled[:: self.every], error[:: self.every]
@@ -89,15 +111,36 @@ class Revival:
 
     def _groups(self, history: FiringHistory) -> tuple[Tensor, Tensor, Tensor]:
         """Return which features are dead, which are dying, and all deficits, (n_features,) each."""
-        dead, deficit = history.dead(), self._deficit(history)
+        dead, deficit = history.dead(), self.deficit(history)
         return dead, ~dead & (deficit > 1 - self.dying_below), deficit
 
     def _sources(self, history: FiringHistory) -> tuple[Any, ...]:
         settings = history.dead_after_tokens, self.dying_below
-        return history.tokens_since_fired, history.density, history.tokens_seen, *settings
+        law = (self.law, history.density) if self.dying_below else ()
+        return history.tokens_since_fired, *law, *settings
 
-    def _deficit(self, history: FiringHistory) -> Tensor:
-        return history.deficit() if self.dying_below else torch.zeros_like(history.density)
+    def deficit(self, history: FiringHistory) -> Tensor:
+        """Return by which share each feature falls short of its Zipf density, (n_features,).
+
+        Zero for all while nothing is known: in the first `dead_after_tokens` tokens, over which
+        nearly every feature would seem to fall short, or when too few features are live for a fit.
+        """
+        if not self.dying_below:
+            return torch.zeros_like(history.density)
+        return deficit_by(history.density, *self.law.unbind()).nan_to_num(0.0)
+
+    def _fit(self, history: FiringHistory) -> None:
+        """Fit the law of densities, if dying features are helped and it is time to."""
+        if not self.dying_below or history.window < history.dead_after_tokens:
+            return
+        age = history.seen - int(self._fitted_at.of(self.fitted_at))
+        if age <= history.seen and 0 <= age < history.dead_after_tokens / FITS:
+            return
+        self.law.fill_(torch.nan)
+        with suppress(ZipfFitError):
+            law = fit_zipf(history.density, history.window)
+            self.law.copy_(self.law.new_tensor([law.scale, law.exponent, law.offset]))
+        self.fitted_at.copy_(history.tokens_seen)
 
 
 def aux_k_loss(error: Tensor, modelled: Tensor, ranks: Ranks | None = None) -> Tensor:
@@ -214,6 +257,16 @@ def _modelled(
     matches = dictionary.with_gradient(scaled, chosen)
     weighted = weights.to(matches.value)[matches.feature]
     return dictionary.sum_directions(matches.with_values(matches.value * weighted))
+
+
+def _forgo_law(revival: Revival, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state do without a law, or a revival: torch calls it, as one of its hooks."""
+    if not revival.dying_below:
+        for name in ("law", "fitted_at"):
+            state_dict.pop(f"{prefix}{name}", None)
+    elif f"{prefix}law" not in state_dict:  # an earlier version's, which is fitted anew
+        state_dict[f"{prefix}law"] = torch.full_like(revival.law, torch.nan)
+        state_dict[f"{prefix}fitted_at"] = torch.full_like(revival.fitted_at, -1)
 
 
 def _counts(dead: Tensor, dying: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ _FILES = {
     "block_maxima": "maxima",
     "dot_rows": "dots",
     "pairs_above": "pairs",
+    "some_pairs_above": "pairs",
     "sum_rows": "sums",
     "sum_segments": "sums",
 }
@@ -53,6 +54,11 @@ def has_kernel(tensor: Tensor) -> bool:
 def pairs_above(x: Tensor, *args: Any) -> Pairs | None:
     """Call the kernel of this name; only where `has_kernel`. Others go by tiles of scores."""
     return _kernel("pairs_above", x, *args)  # type: ignore[no-any-return]  # looked up by name
+
+
+def some_pairs_above(x: Tensor, *args: Any) -> tuple[Tensor, Pairs]:
+    """Call the kernel of this name; only where `has_kernel`. Others go by tiles of scores."""
+    return _kernel("some_pairs_above", x, *args)  # type: ignore[no-any-return]  # looked up by name
 
 
 def block_maxima(x: Tensor, *args: Any, rows_are_tokens: bool) -> tuple[Tensor, Tensor]:

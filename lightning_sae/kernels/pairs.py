@@ -1,11 +1,14 @@
 """The pairs whose scores are above a threshold, found while the scores are computed."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_sae.kernels.affinities import launch, scores_of_tile
+from lightning_sae.matches import Pairs
 
 PAIRS_A_TOKEN = 256  # capacity at first: 3 KiB a token
 
@@ -17,7 +20,7 @@ def pairs_above(
     scale: Tensor | None,
     thresholds: Tensor,
     most: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> Pairs | None:
     """Find all pairs of a token and a feature whose score is above a threshold.
 
     No tensor of tokens x features exists: a program computes a tile of scores, keeps what is above
@@ -43,24 +46,64 @@ def pairs_above(
         FloatingPointError: If the buffer does not hold all, and what it holds is not finite.
     """
     capacity = min(PAIRS_A_TOKEN, len(weight)) * len(x)
-    count, *pairs = _search(x, weight, bias, scale, thresholds, capacity)
+    count, pairs = _counted_search(x, weight, bias, scale, thresholds, capacity)
     if count > capacity:  # counted all the same
         if not bool(pairs[2].isfinite().all()):  # NaN is above all: they may be too many
             raise FloatingPointError("scores are not finite")
         if most is not None and count > most:
             return None
-        count, *pairs = _search(x, weight, bias, scale, thresholds, count)
+        count, pairs = _counted_search(x, weight, bias, scale, thresholds, count)
     token, feature, score = (part[:count] for part in pairs)
-    pair, order = (feature.long() * len(x) + token).sort()
-    feature = pair.div(max(1, len(x)), rounding_mode="floor")
-    return pair - feature * len(x), feature, score[order]
+    return _in_order(feature.long() * len(x) + token, score, len(x))
+
+
+def some_pairs_above(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    thresholds: Tensor,
+    capacity: int,
+) -> tuple[Tensor, Pairs]:
+    """Find pairs as `pairs_above` does, but no more than fit, without waiting for their number.
+
+    Args:
+        x: As for `pairs_above`, and so are those that follow.
+        weight: See there.
+        bias: See there.
+        scale: See there.
+        thresholds: See there.
+        capacity: How many fit, at most tokens x features, and at least 1.
+
+    Returns:
+        How many there are, int64, 0-d, and shape (capacity,) each, token, feature and score as
+        `pairs_above` has them. Where there are fewer, the last pair of all with a score of zero
+        takes the places that are left, at the end.
+    """
+    count, (token, feature, score) = _search(x, weight, bias, scale, thresholds, capacity)
+    real = torch.arange(capacity, device=x.device) < count
+    pair = (feature.long() * len(x) + token).where(real, len(x) * len(weight) - 1)
+    return count, _in_order(pair, score.where(real, 0), len(x))
+
+
+def _in_order(pair: Tensor, score: Tensor, tokens: int) -> Pairs:
+    """Return token, feature and score, sorted by the numbers of pairs."""
+    pair, order = pair.sort()
+    feature = pair.div(max(1, tokens), rounding_mode="floor")
+    return pair - feature * tokens, feature, score[order]
+
+
+def _counted_search(*args: Any) -> tuple[int, Pairs]:
+    """Do as `_search`, and wait for the number."""
+    count, found = _search(*args)
+    return int(count), found
 
 
 def _search(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, thresholds: Tensor, capacity: int
-) -> tuple[int, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Pairs]:
     """Return how many pairs there are, and of as many as the buffer holds what they are."""
-    count = torch.zeros(1, dtype=torch.int64, device=x.device)
+    count = torch.zeros((), dtype=torch.int64, device=x.device)
     token, feature = torch.empty(2, capacity, dtype=torch.int32, device=x.device)
     score = torch.empty(capacity, dtype=torch.float32, device=x.device)
     by_token = thresholds.dim() == 2
@@ -79,7 +122,7 @@ def _search(
         score,
         capacity,
     )
-    return int(count), token, feature, score
+    return count, (token, feature, score)
 
 
 @triton.jit(do_not_specialize=["capacity"])  # differs from call to call

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lightning_sae.host_copy import look
 from lightning_sae.matches import Matches, Pairs
 from lightning_sae.numerics import just_below
 from lightning_sae.selection.ranking import among_largest, kth_largest
@@ -15,6 +16,7 @@ _NOTHING = torch.tensor(torch.finfo(torch.float32).tiny).nextafter(torch.zeros((
 """What a score must be above to count as positive: below it arithmetic may round to zero."""
 
 _CROWDED = 3 / 4  # of as many entries as blocks: then too many others are above the bound
+_ROOM = 2  # for how many times as many as are wanted: what maxima of blocks let through
 _PAIRS = 1 << 31  # whose maxima are in memory at a time: 256 MiB, of blocks of 32
 
 
@@ -58,6 +60,16 @@ class Search(ABC):
             most: If given, nothing is returned if more are found, and more than a buffer holds.
         """
 
+    @abstractmethod
+    def some_pairs_above(self, thresholds: Tensor, capacity: int) -> tuple[Tensor, Pairs]:
+        """Return how many pairs score above a threshold, 0-d, and those that fit, (capacity,) each.
+
+        Args:
+            thresholds: As for `pairs_above`.
+            capacity: How many fit. Places that are left over are filled up with the last pair of
+                all, by feature and by token, and a score of zero.
+        """
+
     def above(self, thresholds: Tensor) -> Matches:
         """Return all pairs that are positive and above a threshold.
 
@@ -77,11 +89,31 @@ class Search(ABC):
         """Return as `above` all pairs that are positive and at least their bound."""
         return self.above(just_below(bounds))
 
-    def _above(self, thresholds: Tensor, most: int | None = None) -> Matches | None:
+    def some_above(self, thresholds: Tensor, room: int) -> tuple[Matches, Tensor]:
+        """Return pairs as `above` does, if there is room for all: nobody waits for their number.
+
+        Args:
+            thresholds: As for `above`.
+            room: For how many pairs, at least 1.
+
+        Returns:
+            As many pairs as there is room for, or as there are at all, sorted by feature, then by
+            token, of which those with a value of zero fill up places that are left over; and
+            whether none was left out and all are finite, bool, 0-d.
+        """
+        capacity = min(room, self.shape[0] * self.shape[1])
+        count, found = self.some_pairs_above(self._bounds(thresholds), capacity)
+        pairs = Matches(*found, self.shape)
+        return pairs, (count <= capacity) & pairs.value.isfinite().all()
+
+    def _bounds(self, thresholds: Tensor) -> Tensor:
         if thresholds.dim() == 1:
             thresholds = thresholds.expand(self.shape[1])
         thresholds = thresholds.float().masked_fill(thresholds.isnan(), torch.inf)
-        found = self.pairs_above(thresholds.clamp_min(_NOTHING), most)
+        return thresholds.clamp_min(_NOTHING)
+
+    def _above(self, thresholds: Tensor, most: int | None = None) -> Matches | None:
+        found = self.pairs_above(self._bounds(thresholds), most)
         if found is None:
             return None
         token, feature, score = found
@@ -122,8 +154,14 @@ class Search(ABC):
             if count > maxima.shape[1] * _CROWDED:
                 return None
             bounds.append(maxima.topk(count, dim=1).values[:, -1:])
-        found = self.at_least(torch.cat(bounds))
-        counts = found.token.new_full((self.shape[0],), count)
+        tokens, bound = self.shape[0], just_below(torch.cat(bounds))
+        counts = torch.full((tokens,), count, dtype=torch.int64, device=self.device)
+        found, sound = self.some_above(bound, max(1, _ROOM * count * tokens))
+        chosen = among_largest(found.token, found.value, counts) & (found.value > 0)
+        number, is_sound = look(chosen.sum(), sound)
+        if is_sound:
+            return found.select(chosen, number).sort()
+        found = self.above(bound)
         return found.select(among_largest(found.token, found.value, counts)).sort()
 
     def largest_of_each_feature(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sae.kernels import block_maxima, has_kernel, pairs_above
+from lightning_sae.kernels import block_maxima, has_kernel, pairs_above, some_pairs_above
 from lightning_sae.matches import Matches, Pairs
 from lightning_sae.numerics import wide
 from lightning_sae.parallel.share import Share
@@ -80,6 +80,11 @@ class KernelSearch(Search):
     def pairs_above(self, thresholds: Tensor, most: int | None = None) -> Pairs | None:
         """Return all pairs that score above a threshold."""
         return pairs_above(self._x, self._weight, self._bias, self._scale, thresholds, most)
+
+    def some_pairs_above(self, thresholds: Tensor, capacity: int) -> tuple[Tensor, Pairs]:
+        """Return how many pairs score above a threshold, and those that fit."""
+        each = self._x, self._weight, self._bias, self._scale
+        return some_pairs_above(*each, thresholds, capacity)
 
     def block_maxima(
         self, rows: slice, thresholds: Tensor | None = None, *, rows_are_tokens: bool

@@ -21,6 +21,7 @@ from tests.allocation.brute_force import (
     thorough,
     worth_of,
 )
+from tests.helpers.searches import both
 
 
 @thorough
@@ -97,3 +98,29 @@ def test_affinities_must_be_finite(value: float, guess: float | None):
 def test_impossible_requests_are_explained(call, message: str):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("exponent", [None, 1.0])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", AWKWARD)
+def test_is_the_brute_force_where_a_search_looks_once(
+    case: str, size: tuple[int, int], exponent: float | None
+):
+    affinity = awkward(case, size)
+    discount = None if exponent is None else RankDiscount(2, exponent)
+    worth = affinity if discount is None else worth_of(affinity, discount)
+    for budget in (0, 1, size[0], affinity.numel()):
+        chosen = by_batch(worth, budget)
+        cut = chosen[chosen > 0].min().item() if (chosen > 0).any() else 0.0
+        expected = torch.where(chosen > 0, affinity, 0)
+        searched, _ = both(affinity)
+        for guess in (0.0, 0.9 * cut, cut, 1.01 * cut, 1e30):  # too low, near, and too high
+            given = torch.tensor(guess)
+            check(mutual_choice(searched, budget, given, discount=discount), expected)
+
+
+def test_a_search_that_looks_once_refuses_what_is_not_finite():
+    affinity = torch.rand(32, 64)
+    affinity[20, 30] = torch.nan
+    with pytest.raises(FloatingPointError, match="scores are not finite"):
+        mutual_choice(both(affinity)[0], 10, torch.tensor(0.9))

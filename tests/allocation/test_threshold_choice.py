@@ -7,12 +7,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_sae.allocation import (
+    RankDiscount,
     feature_choice,
     midpoint_thresholds,
     scaled_thresholds,
     threshold_choice,
 )
-from tests.allocation.brute_force import affinities, check, midpoints, thorough
+from tests.allocation.brute_force import (
+    AWKWARD,
+    affinities,
+    awkward,
+    check,
+    midpoints,
+    thorough,
+)
+from tests.helpers.searches import both
 
 
 @thorough
@@ -102,3 +111,19 @@ def test_scaled_thresholds_are_found_wherever_they_were(first_guess: float):
     assert len(threshold_choice(affinity, found)) == 900
     everything = scaled_thresholds(affinity, thresholds, 300 * 40)
     assert len(threshold_choice(affinity, everything)) == (affinity > 0).sum()
+
+
+@pytest.mark.parametrize("expected", [1, 100, 10**6])  # too little room, enough, for all pairs
+@pytest.mark.parametrize("discount", [None, RankDiscount(2)])
+@pytest.mark.parametrize("case", AWKWARD)
+def test_what_is_expected_has_no_influence(case: str, discount: RankDiscount | None, expected: int):
+    affinity = awkward(case, (40, 33))
+    thresholds = torch.linspace(-1, 2, 33)
+    thresholds[5] = torch.nan  # nothing is above
+    searched, other = both(affinity)
+    one = threshold_choice(searched, thresholds, discount=discount, expected=expected)
+    other = threshold_choice(other, thresholds, discount=discount)
+    for column in ("token", "feature", "value"):
+        assert torch.equal(getattr(one, column), getattr(other, column))
+    one = threshold_choice(searched, 0.3, discount=discount, expected=expected)
+    assert torch.equal(one.value, threshold_choice(affinity, 0.3, discount=discount).value)

@@ -69,13 +69,3 @@ def test_a_batch_without_tokens_changes_nothing():
         history.update(torch.tensor([tokens // 2, 0]), tokens, Ranks())
     assert history.density.tolist() == [0.5, 0.0]
     assert history.tokens_since_fired.tolist() == [0, 10]
-
-
-def test_nothing_falls_short_before_densities_mean_anything():
-    history = FiringHistory(200, dead_after_tokens=1000)
-    history.density.copy_(0.5 / (torch.arange(200) + 3.0))
-    history.density[-1] = 0
-    history.tokens_seen.fill_(999)
-    assert not history.deficit().any()
-    history.tokens_seen.fill_(1000)
-    assert history.deficit()[-1] == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lightning_sae import TopKSAE
+from lightning_sae import MutualChoiceSAE, TopKSAE
 from lightning_sae.allocation import token_choice
 from lightning_sae.core.revival import aux_k_loss, aux_zipf_loss
 from lightning_sae.sparse import sum_directions
@@ -128,7 +128,8 @@ def test_dying_features_are_helped_by_their_deficit(make, every):
     sae.history.density[[40, 41]] = 0
     sae.history.tokens_since_fired[[40, 41]] = 10**6
     sae.history.tokens_seen.fill_(10**6)
-    deficit, dead = sae.history.deficit(), sae.history.dead()
+    sae.revival.loss(sae, sae.history, x, x)  # which fits the law
+    deficit, dead = sae.revival.deficit(sae.history), sae.history.dead()
     dying = (deficit > 0.5) & ~dead
     assert {10, 20} <= set(dying.nonzero().flatten().tolist())
     assert not dying[30]
@@ -162,3 +163,65 @@ def test_dying_features_are_helped_by_their_deficit(make, every):
 def test_dying_below_is_a_share(share: float):
     with pytest.raises(ValueError, match=r"dying_below=.* must be a share, 0 to less than 1"):
         TopKSAE(D_MODEL, N_FEATURES, K, dying_below=share)
+
+
+def measured(dead_after_tokens: int = 1600) -> MutualChoiceSAE:
+    """Return an SAE whose densities follow a law, but for one feature, after too few tokens."""
+    sae = MutualChoiceSAE(
+        D_MODEL, N_FEATURES, K, dying_below=0.75, dead_after_tokens=dead_after_tokens
+    )
+    sae.loss(activations())
+    sae.encoder.bias.data[-1] = -1e3  # it cannot fire
+    sae.history.density.copy_(0.5 / (torch.arange(N_FEATURES) + 3.0))
+    sae.history.density[-1] = 0
+    sae.history.tokens_seen.fill_(dead_after_tokens - 1)
+    return sae
+
+
+def test_nothing_falls_short_before_densities_mean_anything():
+    sae = measured()
+    sae.loss(activations())
+    assert not sae.revival.deficit(sae.history).any()
+    assert sae.revival.fitted_at == -1
+    sae.loss(activations())
+    assert sae.revival.deficit(sae.history)[-1] > 0.9
+
+
+def test_the_law_is_fitted_so_many_times_a_window():
+    sae = measured()
+    fits = set()
+    for _ in range(26):  # of 64 tokens: more than one window of 1600
+        sae.loss(activations())
+        fits.add(int(sae.revival.fitted_at))
+    first = 1600 - 1 + 64
+    assert fits == {-1, *(first + 256 * fit for fit in range(7))}  # 200 tokens are four batches
+
+
+def test_a_law_that_no_longer_fits_is_none():
+    sae = measured()
+    for _ in range(2):
+        sae.loss(activations())
+    assert sae.revival.law.isfinite().all()
+    sae.history.density.zero_()
+    sae.history.tokens_seen.add_(1600)
+    sae.loss(activations())
+    assert sae.revival.law.isnan().all()
+    assert not sae.revival.deficit(sae.history).any()
+
+
+def test_a_law_is_part_of_the_state_and_one_that_is_missing_is_fitted_anew():
+    sae = measured()
+    for _ in range(3):
+        sae.loss(activations())
+    state = sae.state_dict()
+    assert {"revival.law", "revival.fitted_at"} <= state.keys()
+    same, earlier = copy.deepcopy(sae), copy.deepcopy(sae)
+    same.load_state_dict(state)
+    assert torch.equal(same.revival.law, sae.revival.law)
+    earlier.load_state_dict({name: t for name, t in state.items() if "revival" not in name})
+    assert earlier.revival.fitted_at == -1
+    earlier.loss(activations())
+    assert earlier.revival.fitted_at == state["history.tokens_seen"]
+    without = MutualChoiceSAE(D_MODEL, N_FEATURES, K)
+    without.load_state_dict(state)  # where only dead features are helped, there is none
+    assert not [name for name in without.state_dict() if "revival" in name]

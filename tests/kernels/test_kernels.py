@@ -163,6 +163,25 @@ class TestPairsAbove:
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
 
+    @settings(max_examples=25, deadline=None)
+    @given(given=inputs(), bound=st.sampled_from([0.0, 6.0, torch.inf]), room=st.floats(0.01, 1))
+    def test_some_fill_the_room_there_is(self, given: Inputs, bound: float, room: float):
+        scores = scores_slowly(*given)
+        if not scores.numel():
+            return
+        capacity = max(1, int(room * scores.numel()))
+        bounds = scores.new_full((scores.shape[1],), bound)
+        count, found = pairs.some_pairs_above(*given, bounds, capacity)
+        expected = pairs_slowly(scores, bounds)
+        assert count == len(expected[0])
+        assert all(len(column) == capacity for column in found)
+        if count <= capacity:
+            last = scores.shape[0] - 1, scores.shape[1] - 1, 0.0
+            real = found[2] > 0  # the last pair may be real, and come among those that are not
+            for column, values, filler in zip(found, expected, last, strict=True):
+                assert torch.equal(column[real], values)
+                assert (column[~real] == filler).all()
+
     def test_real_numbers(self):
         torch.manual_seed(0)
         x, weight = torch.randn(70, 50, device=DEVICE), torch.randn(90, 50, device=DEVICE)

@@ -5,13 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from lightning_sae.matches import Matches, Pairs
+from lightning_sae.matches import Matches
 from lightning_sae.selection import (
     Scores,
-    Search,
-    TensorScores,
     candidates_of_batch,
     largest_of_each_feature,
     largest_of_each_token,
@@ -19,39 +16,9 @@ from lightning_sae.selection import (
     pairs_above,
     search,
 )
+from tests.helpers.searches import TensorSearch, both
 
-TOKENS, FEATURES, BLOCK = 90, 70, 8
-
-
-class TensorSearch(Search):
-    """What kernels do, of all scores at once."""
-
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__((scores.shape[0], scores.shape[1]), scores.device)
-        self.scores = scores
-
-    def block_maxima(
-        self, rows: slice, thresholds: Tensor | None = None, *, rows_are_tokens: bool
-    ) -> tuple[Tensor, Tensor]:
-        some = self.scores[rows] if rows_are_tokens else self.scores.T[rows]
-        padded = functional.pad(some, (0, -some.shape[1] % BLOCK), value=-torch.inf)
-        counts = torch.zeros(len(some), dtype=torch.int32)
-        if thresholds is not None:
-            counts += (some > thresholds[rows, None].clamp_min(0)).sum(1)
-        return padded.unflatten(1, (-1, BLOCK)).amax(2), counts
-
-    def pairs_above(self, thresholds: Tensor, most: int | None = None) -> Pairs | None:
-        feature, token = (~(self.scores <= thresholds)).T.nonzero(as_tuple=True)
-        if most is not None and len(token) > most:
-            return None
-        return token, feature, self.scores[token, feature]
-
-
-def both(scores: Tensor) -> tuple[Scores, Scores]:
-    """Scores that are searched, and the same without a search."""
-    searched = TensorScores(scores)
-    searched.search = TensorSearch(scores)
-    return searched, TensorScores(scores)
+TOKENS, FEATURES = 90, 70
 
 
 @pytest.fixture(params=[torch.randn, torch.randint], ids=["distinct", "ties"])
@@ -116,6 +83,37 @@ def test_bounds_are_reached_and_thresholds_exceeded():
     assert found.at_least(torch.tensor([-2.0])).feature.tolist() == [0, 1]
     assert found.above(torch.tensor([0.5])).feature.tolist() == []
     assert found.above(torch.tensor([[0.25]])).feature.tolist() == [1]  # of a token
+
+
+@pytest.mark.parametrize("room", [1, 3, 8, 10**6])
+def test_pairs_are_found_where_there_is_room(scores: Tensor, room: int):
+    found, thresholds = TensorSearch(scores), torch.linspace(1, 3, FEATURES)
+    pairs, sound = found.some_above(thresholds, room)
+    assert len(pairs) == min(room, scores.numel())
+    expected = found.above(thresholds)
+    assert bool(sound) == (len(expected) <= room)
+    real = pairs.select(pairs.value > 0)
+    if sound:
+        for column in ("token", "feature", "value"):
+            assert torch.equal(getattr(real, column), getattr(expected, column))
+    number = pairs.feature * TOKENS + pairs.token
+    assert (number.diff() >= 0).all()
+
+
+def test_what_is_not_finite_is_not_sound():
+    for value in (torch.nan, torch.inf):
+        _, sound = TensorSearch(torch.tensor([[0.25, value]])).some_above(torch.tensor([0.5]), 2)
+        assert not sound
+
+
+@pytest.mark.parametrize("room", [1, 2, 100])
+def test_tokens_get_their_largest_however_little_room_there_is(
+    scores: Tensor, room: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(search, "_ROOM", room)
+    one, other = (largest_of_each_token(each, 3) for each in both(scores - 2))
+    for column in ("token", "feature", "value"):
+        assert torch.equal(getattr(one, column), getattr(other, column))
 
 
 def test_what_is_found_must_be_finite():

@@ -5,6 +5,7 @@ import torch
 
 from lightning_sae.allocation import (
     Matches,
+    RankDiscount,
     feature_choice,
     feature_choice_counting,
     mutual_choice,
@@ -73,6 +74,7 @@ def test_scores_can_be_something_else_than_affinities():
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "pairs_above", pairs.pairs_above)
+    monkeypatch.setattr(encode, "some_pairs_above", pairs.some_pairs_above)
     monkeypatch.setattr(encode, "block_maxima", maxima.block_maxima)
     monkeypatch.setattr(encode, "has_kernel", lambda tensor: True)
 
@@ -112,6 +114,8 @@ def test_kernels_find_what_tiles_find(scaled: bool, monkeypatch: pytest.MonkeyPa
         lambda scores: mutual_choice(scores, 200, guess=float("nan")),
         lambda scores: threshold_choice(scores, float("nan")),
         lambda scores: threshold_choice(scores, float("inf")),
+        lambda scores: threshold_choice(scores, 5.0, expected=2000),
+        lambda scores: threshold_choice(scores, 5.0, expected=10, discount=RankDiscount(2)),
     ):
         found, expected = choose(by_kernels), choose(by_tiles)
         assert torch.equal(found.to_dense(), expected.to_dense())
