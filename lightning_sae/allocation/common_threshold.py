@@ -50,7 +50,7 @@ def cut_above(
         little. Of equal values that the budget would divide, all or none are above.
 
     Example:
-        >>> cut_above(torch.tensor([1.0, 5.0, 3.0, 2.0]), 2)
+        >>> round(cut_above(torch.tensor([1.0, 5.0, 3.0, 2.0]), 2), 4)
         2.5
     """
 

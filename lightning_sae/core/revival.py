@@ -49,7 +49,7 @@ class Revival(ExactBuffers):
 
     Attributes:
         law: Scale, exponent and offset of the law of densities, if dying features are helped,
-            float32, (3,); NaN while none is known.
+            float32, (3,); zeros while none is known, by which no feature falls short.
         fitted_at: Tokens seen when it was fitted, int64, 0-d; -1 before.
 
     Raises:
@@ -70,7 +70,7 @@ class Revival(ExactBuffers):
         self.every = every
         self._counts, self._fitted_at = HostCopy(), HostCopy()
         if dying_below:
-            self.register_buffer("law", torch.full((3,), torch.nan, dtype=torch.float32))
+            self.register_buffer("law", torch.zeros(3, dtype=torch.float32))
             self.register_buffer("fitted_at", torch.tensor(-1))
         self.register_load_state_dict_pre_hook(_forgo_law)  # type: ignore[no-untyped-call]  # as torch has it
 
@@ -136,7 +136,7 @@ class Revival(ExactBuffers):
         age = history.seen - int(self._fitted_at.of(self.fitted_at))
         if age <= history.seen and 0 <= age < history.dead_after_tokens / FITS:
             return
-        self.law.fill_(torch.nan)
+        self.law.zero_()
         with suppress(ZipfFitError):
             law = fit_zipf(history.density, history.window)
             self.law.copy_(self.law.new_tensor([law.scale, law.exponent, law.offset]))
@@ -265,7 +265,7 @@ def _forgo_law(revival: Revival, state_dict: dict[str, Any], prefix: str, *_: An
         for name in ("law", "fitted_at"):
             state_dict.pop(f"{prefix}{name}", None)
     elif f"{prefix}law" not in state_dict:  # an earlier version's, which is fitted anew
-        state_dict[f"{prefix}law"] = torch.full_like(revival.law, torch.nan)
+        state_dict[f"{prefix}law"] = torch.zeros_like(revival.law)
         state_dict[f"{prefix}fitted_at"] = torch.full_like(revival.fitted_at, -1)
 
 
