@@ -14,5 +14,7 @@ if not torch.cuda.is_available():
 # Lightning 2.6 calls functions that jsonargparse deprecates from 4.49 on.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
-# The tensors are tiny: a second thread costs more than it does, many times more on a busy machine.
+# The tensors are tiny: a second thread costs more than it does, many times more on a busy machine,
+# as one is where each core has tests of its own. The second is for processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
