@@ -8,13 +8,17 @@ SAE adds a line to `benchmarks/evidence.jsonl`; those that have one are not made
 that was interrupted goes on from its last checkpoint. The first of the grid matter most: by the
 time of a step, a run of 8,192 features is ten minutes on one core, and the whole grid days.
 `python -m benchmarks.evidence_tables` makes tables and figures of what there is.
+
+Another model, in a folder, with a file of results of its own:
+
+    python -m benchmarks.evidence --model FOLDER --layer 3 --tokens 2_000_000 --sizes 6144 \\
+        --work runs/evidence_of_it --results benchmarks/evidence_of_it.jsonl
 """
 
 import argparse
 import itertools
 import json
 import shutil
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,8 +31,7 @@ from typing import Any
 from notebooks.paper_claims import make_text
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-TOKENS, BATCH, LAYER, D_MODEL = 5_000_000, 2048, 2, 256
-STEPS = TOKENS // BATCH
+BATCH = 2048
 MANY = 1 << 20  # held-out tokens on which features may fire
 MEASURED = 1 << 18  # of these, for everything else
 OF_THE_MODEL = 32_768  # for the language model's loss
@@ -72,14 +75,45 @@ class Run:
         return f"{self.variant}, F={self.n_features}, k={self.k}, seed {self.seed}"
 
 
-def grid() -> Iterator[Run]:
-    """Yield all runs, those that say most first."""
+@dataclass(frozen=True)
+class Place:
+    """What all runs have in common: whose activations, how many, and where they are kept."""
+
+    work: Path
+    model: str
+    layer: int
+    tokens: int
+
+    @property
+    def held_out(self) -> Path:
+        """The file of activations to measure on."""
+        return self.work / "held_out.safetensors"
+
+    def activations(self, seed: int, **options: Any) -> Any:
+        """Return the data module of a run."""
+        from lightning_sae import ActivationDataModule
+
+        return ActivationDataModule(
+            self.model,
+            layer=self.layer,
+            text=str(self.work / "text"),
+            batch_size=BATCH,
+            validation_tokens=OF_THE_MODEL,
+            cache_dir=str(self.work / "cache"),
+            cache_dtype="float16",
+            seed=seed,
+            **options,
+        )
+
+
+def grid(sizes: Sequence[int]) -> Iterator[Run]:
+    """Yield all runs with these numbers of features, those that say most first."""
     order = [
-        *itertools.product(CHIEF, [8192], [16], [0, 1, 2]),
-        *itertools.product(VARIANTS, [8192], [16], [0]),
-        *itertools.product(CHIEF, [8192], [32], [0]),
-        *itertools.product(CHIEF, [16384], [16], [0]),
-        *itertools.product(VARIANTS, [8192, 16384], [16, 32], [0, 1, 2]),
+        *itertools.product(CHIEF, sizes[:1], [16], [0, 1, 2]),
+        *itertools.product(VARIANTS, sizes[:1], [16], [0]),
+        *itertools.product(CHIEF, sizes[:1], [32], [0]),
+        *itertools.product(CHIEF, sizes, [16], [0]),
+        *itertools.product(VARIANTS, sizes, [16, 32], [0, 1, 2]),
     ]
     yield from dict.fromkeys(Run(*each) for each in order)
 
@@ -91,73 +125,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="runs whose name has this in it")
+    parser.add_argument("--model", default="quickstart")
+    parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=5_000_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    given.work.mkdir(parents=True, exist_ok=True)
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    lines = given.results.read_text().splitlines() if given.results.exists() else []
     done = {Run(**json.loads(line)["run"]) for line in lines}
-    todo = [run for run in grid() if run not in done and given.only in str(run)]
-    prepare(given.work)
+    todo = [run for run in grid(given.sizes) if run not in done and given.only in str(run)]
+    place = Place(given.work, given.model, given.layer, given.tokens)
+    prepare(place)
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
-        made = [pool.submit(train_and_measure, run, given.work, given.threads) for run in todo]
+        made = [pool.submit(train_and_measure, run, place, given.threads) for run in todo]
         for each in as_completed(made):
             result = each.result()
-            with RESULTS.open("a") as file:
+            with given.results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(Run(**result["run"]), f"FVU {result['fvu']:.4f}", flush=True)
 
 
-def prepare(work: Path) -> None:
+def prepare(place: Place) -> None:
     """Compute what all runs share: the text, activations of it, and those to measure on."""
+    import torch
+
     from lightning_sae.tensor_files import save_tensors
 
-    make_text(work / "text")
-    if (work / "held_out.safetensors").exists():
+    place.work.mkdir(parents=True, exist_ok=True)
+    make_text(place.work / "text")
+    if place.held_out.exists():
         return
-    data = activations(work, seed=0, test_tokens=MANY)
+    data = place.activations(seed=0, test_tokens=MANY)
     data.prepare_data()
     data.setup("test")
     batches = [batch["activations"].half() for batch in data.test_dataloader()]
-    import torch
-
-    save_tensors({"activations": torch.cat(batches)[:MANY]}, work / "held_out.safetensors")
+    save_tensors({"activations": torch.cat(batches)[:MANY]}, place.held_out)
 
 
-def activations(work: Path, seed: int, **options: Any) -> Any:
-    """Return the data module of a run."""
-    from lightning_sae import ActivationDataModule
-
-    return ActivationDataModule(
-        "quickstart",
-        layer=LAYER,
-        text=str(work / "text"),
-        batch_size=BATCH,
-        validation_tokens=OF_THE_MODEL,
-        cache_dir=str(work / "cache"),
-        cache_dtype="float16",
-        seed=seed,
-        **options,
-    )
-
-
-def train_and_measure(run: Run, work: Path, threads: int) -> dict[str, Any]:
+def train_and_measure(run: Run, place: Place, threads: int) -> dict[str, Any]:
     """Train one SAE, and return what it is worth."""
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     import lightning_sae
-    from benchmarks.evidence_measures import DeadCurve, measure
+    from benchmarks.evidence_measures import Course, measure
     from lightning_sae.callbacks import LossRecoveredCallback, ResampleDeadFeatures
 
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
     pl.seed_everything(run.seed)
     name, options = VARIANTS[run.variant]
-    folder = work / str(run).replace(" ", "_").replace(",", "").replace("'", "")
+    folder = place.work / str(run).replace(" ", "_").replace(",", "").replace("'", "")
     if shares := options.get("prefixes"):
         options = {"prefixes": [round(share * run.n_features) for share in shares]}
+    data = place.activations(run.seed)
     sae = getattr(lightning_sae, name)(
-        D_MODEL,
+        data.d_model,
         run.n_features,
         k=run.k,
         dead_after_tokens=DEAD_AFTER,
@@ -165,31 +189,29 @@ def train_and_measure(run: Run, work: Path, threads: int) -> dict[str, Any]:
         **options,
     )
     resampling = [ResampleDeadFeatures(500_000, times=6)] if name == "StandardSAE" else []
-    curve, quiet = DeadCurve(), {"enable_progress_bar": False, "enable_model_summary": False}
+    course, quiet = Course(), {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(
-        max_steps=STEPS,
+        max_steps=place.tokens // BATCH,
         max_epochs=-1,
         limit_val_batches=0,
         gradient_clip_val=1.0,
         logger=False,
         callbacks=[
-            curve,
+            course,
             *resampling,
             ModelCheckpoint(folder, every_n_train_steps=200, save_top_k=0, save_last=True),
         ],
         **quiet,
     )
-    start = time.process_time()
     last = folder / "last.ckpt"
-    trainer.fit(sae, activations(work, run.seed), ckpt_path=last if last.exists() else None)
-    seconds = time.process_time() - start
-    result = {"run": asdict(run), "cpu_seconds": seconds, "dead_curve": curve.points}
-    result |= measure(sae, work / "held_out.safetensors", MEASURED)
+    trainer.fit(sae, data, ckpt_path=last if last.exists() else None)
+    result = {"run": asdict(run), "cpu_seconds": course.cpu_seconds, "dead_curve": course.dead}
+    result |= measure(sae, place.held_out, MEASURED)
     tester = pl.Trainer(logger=False, callbacks=[LossRecoveredCallback(OF_THE_MODEL)], **quiet)
-    data = activations(work, seed=0, test_tokens=OF_THE_MODEL)
+    data = place.activations(seed=0, test_tokens=OF_THE_MODEL)
     (figures,) = tester.test(sae, data, verbose=False)
-    result["loss_recovered"] = figures["test/loss_recovered_mean"]
-    result["delta_ce"] = figures["test/delta_ce"]
+    for name in ("loss_recovered_mean", "delta_ce"):  # of a model that predicts tokens
+        result[name] = figures.get(f"test/{name}")
     sae.save_pretrained(folder.with_name(f"{folder.name}.sae"))
     shutil.rmtree(folder)
     return result

@@ -1,6 +1,7 @@
 """What a trained SAE is worth, and which of its features: for `benchmarks.evidence`."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,41 @@ EVERY = 100  # steps between points of the curve
 AT_ONCE = 4096  # tokens
 
 
-class DeadCurve(Callback):
-    """Notes how many features are dead as a run goes on.
+class Course(Callback):
+    """Notes how a run goes on, and what it takes, also where it is interrupted.
 
     Attributes:
-        points: Tokens seen, and features that have not fired for `dead_after_tokens`.
+        dead: Tokens seen, and features that have not fired for `dead_after_tokens`.
     """
 
     def __init__(self) -> None:
-        self.points: list[tuple[int, int]] = []
+        self.dead: list[tuple[int, int]] = []
+        self._seconds_before, self._start = 0.0, time.process_time()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time of the run, with what it took before it was interrupted."""
+        return self._seconds_before + time.process_time() - self._start
+
+    def on_train_start(self, *_: Any) -> None:
+        """Begin to count."""
+        self._start = time.process_time()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: SparseAutoencoder, *_: Any, **__: Any
     ) -> None:
         """Note a point."""
         if trainer.global_step % EVERY == 0:
-            self.points.append((int(module.tokens_seen), int(module.history.dead().sum())))
+            self.dead.append((int(module.tokens_seen), int(module.history.dead().sum())))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the points so far."""
-        return {"points": self.points}
+        """Return what there is so far."""
+        return {"dead": self.dead, "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
-        self.points = [tuple(point) for point in state_dict["points"]]
+        """Go on from it."""
+        self.dead = [tuple(point) for point in state_dict["dead"]]
+        self._seconds_before = state_dict["cpu_seconds"]
 
 
 @torch.no_grad()

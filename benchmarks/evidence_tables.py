@@ -1,6 +1,6 @@
 """Tables and a figure of what `benchmarks.evidence` has measured so far.
 
-    python -m benchmarks.evidence_tables [--figure docs/images/evidence.png]
+    python -m benchmarks.evidence_tables [--figure docs/images/evidence.png] [--results FILE]
 
 prints a table for each size of dictionary and number of matches: means over seeds, and their range.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.evidence import CHIEF, RESULTS, VARIANTS
 
 Results = list[dict[str, Any]]
-COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float], str]] = {
+COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], str]] = {
     "FVU": (lambda r: r["fvu"], ".4f"),
     "loss recovered": (lambda r: r["loss_recovered"], ".4f"),
     "L0 by its own thresholds": (lambda r: r["own"]["l0"], ".2f"),
@@ -25,7 +25,7 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float], str]] = {
     "FVU without the rarest quarter": (lambda r: r["fvu_without_rarest"]["quarter"], ".4f"),
     "without the rarest half": (lambda r: r["fvu_without_rarest"]["half"], ".4f"),
     "duplicates, %": (lambda r: 100 * r["duplicates"], ".2f"),
-    "R² of the law": (lambda r: r.get("zipf_r2", float("nan")), ".2f"),
+    "R² of the law": (lambda r: r.get("zipf_r2"), ".2f"),
     "CPU, s": (lambda r: r["cpu_seconds"], ".0f"),
 }
 
@@ -34,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, and draw the figure if one is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    results = [json.loads(line) for line in given.results.read_text().splitlines()]
     print("\n\n".join(tables(results)))
     if given.figure:
         draw(results, given.figure)
@@ -87,7 +88,10 @@ def _run(variant: str, n_features: int, k: int) -> dict[str, Any]:
     return {"variant": variant, "n_features": n_features, "k": k}
 
 
-def _cell(values: list[float], form: str) -> str:
+def _cell(measured: list[float | None], form: str) -> str:
+    values = [value for value in measured if value is not None]
+    if not values:
+        return "-"
     if len(values) == 1:
         return f"{values[0]:{form}}"
     return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
