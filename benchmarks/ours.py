@@ -43,6 +43,7 @@ def fit(
     aux_every: int = 1,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     progress_bar: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> None:
     """Train in a Trainer set up as in the shipped configurations, validation left out.
 
@@ -54,6 +55,7 @@ def fit(
         aux_every: It is computed on one token in so many.
         precision: The Trainer's.
         progress_bar: Whether there is one; a process can have one at a time.
+        options: More arguments of the class.
     """
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -62,7 +64,7 @@ def fit(
 
     feed.imported()
     aux = {"aux_coefficient": 1 / 32, "aux_every": aux_every} if dead else {}
-    sae = build(architecture, feed.size, chunked=chunked, **aux)
+    sae = build(architecture, feed.size, chunked=chunked, **aux, **(options or {}))
     if dead:
         feed.before_step = partial(_declare_dead, sae, dead)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,34 +4,45 @@ Auxiliary losses are off unless `dead` says which share of the features to take 
 nothing is logged, saved or evaluated.
 """
 
+import importlib
 import os
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from benchmarks.rounds import ENDLESS, Feed
+from benchmarks.rounds import ENDLESS, Feed, Size
 
-Rule = Literal["topk", "batchtopk"]
-RULES: tuple[Rule, ...] = get_args(Rule)
+RULES = ("topk", "batchtopk")
+FAMILY = ("jumprelu", "gated", "standard", "matryoshka")
+PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
+"""Of a Matryoshka SAE, as shares of its features: each is of twice as many as the one before."""
 
 
-def saelens(feed: Feed, rule: Rule, dead: float = 0.0, autocast: bool = False) -> None:
+def prefixes(size: Size) -> list[int]:
+    """Return the numbers of features of a Matryoshka SAE's prefixes, all but the last."""
+    return [round(share * size.n_features) for share in PREFIXES]
+
+
+def saelens(feed: Feed, rule: str, dead: float = 0.0, autocast: bool = False) -> None:
     """Train with SAELens: `SAETrainer.fit`, with products in bfloat16 if `autocast`."""
-    from sae_lens import (
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-    )
+    import sae_lens
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     feed.imported()
     size = feed.size
-    classes: dict[Rule, tuple[Any, Any]] = {
-        "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
-        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+    named: dict[str, tuple[str, dict[str, Any]]] = {
+        "topk": ("TopK", {"k": size.k}),
+        "batchtopk": ("BatchTopK", {"k": size.k}),
+        "jumprelu": ("JumpReLU", {}),
+        "gated": ("Gated", {}),
+        "standard": ("Standard", {}),
+        "matryoshka": (
+            "MatryoshkaBatchTopK",
+            {"k": size.k, "matryoshka_widths": [*prefixes(size), size.n_features]},
+        ),
     }
-    sae_class, config_class = classes[rule]
-    config = config_class(d_in=size.d_model, d_sae=size.n_features, k=size.k)
+    name, of_it = named[rule]
+    config_class = getattr(sae_lens, f"{name}TrainingSAEConfig")
+    config = config_class(d_in=size.d_model, d_sae=size.n_features, **of_it)
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=ENDLESS * size.tokens,
@@ -41,7 +52,7 @@ def saelens(feed: Feed, rule: Rule, dead: float = 0.0, autocast: bool = False) -
             lr_end=3e-5,  # a tenth, as their runner sets it; the schedule is constant
             logger=LoggingConfig(log_to_wandb=False),
         ),
-        sae_class(config).to(feed.device),
+        getattr(sae_lens, f"{name}TrainingSAE")(config).to(feed.device),
         feed,
     )
 
@@ -53,15 +64,35 @@ def saelens(feed: Feed, rule: Rule, dead: float = 0.0, autocast: bool = False) -
     trainer.fit()
 
 
-def dictionary_learning(feed: Feed, rule: Rule, dead: float = 0.0) -> None:
+def dictionary_learning(feed: Feed, rule: str, dead: float = 0.0) -> None:
     """Train with dictionary_learning: `trainSAE`, which calls `Trainer.update`."""
-    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
-    from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.training import trainSAE
 
     feed.imported()
     size = feed.size
-    trainer_class: Any = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[rule]
+    chosen = {  # after the first 1,000 steps, as in all but these
+        "k": size.k,
+        "auxk_alpha": 1 / 32 if dead else 0.0,
+        "threshold_start_step": 0,
+    }
+    ends = [*prefixes(size), size.n_features]
+    shares = [(end - start) / size.n_features for start, end in zip([0, *ends], ends, strict=False)]
+    named: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "topk": ("top_k", "TopKTrainer", chosen),
+        "batchtopk": ("batch_top_k", "BatchTopKTrainer", chosen),
+        "jumprelu": ("jumprelu", "JumpReluTrainer", {"target_l0": float(size.k)}),
+        "gated": ("gdm", "GatedSAETrainer", {}),
+        "standard": ("standard", "StandardTrainer", {}),
+        "matryoshka": (
+            "matryoshka_batch_top_k",
+            "MatryoshkaBatchTopKTrainer",
+            chosen | {"group_fractions": shares},
+        ),
+    }
+    module, name, of_it = named[rule]
+    trainer_class: Any = getattr(
+        importlib.import_module(f"dictionary_learning.trainers.{module}"), name
+    )
 
     def trainer(**options: Any) -> Any:
         made = trainer_class(**options)
@@ -77,12 +108,10 @@ def dictionary_learning(feed: Feed, rule: Rule, dead: float = 0.0) -> None:
         "steps": ENDLESS,
         "activation_dim": size.d_model,
         "dict_size": size.n_features,
-        "k": size.k,
         "layer": 0,
         "lm_name": "none",
         "device": feed.device,
-        "auxk_alpha": 1 / 32 if dead else 0.0,
-        "threshold_start_step": 0,  # as in all but the first 1,000 steps
+        **of_it,
     }
     trainSAE(feed, [{"trainer": trainer, **options}], ENDLESS, device=feed.device)
 
