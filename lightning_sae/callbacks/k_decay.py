@@ -66,7 +66,7 @@ class KDecay(Callback):
     ) -> None:
         """Set k for the batch by the tokens before it."""
         for sae, k in list(self._saes):
-            left = max(0.0, 1 - int(sae.history.tokens_seen) / self.tokens)
+            left = max(0.0, 1 - sae.history.seen / self.tokens)
             sae.k = k + round(left * (self.start - k))
             if left == 0:
                 self._saes.remove((sae, k))

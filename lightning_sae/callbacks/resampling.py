@@ -114,7 +114,7 @@ class ResampleDeadFeatures(Callback):
         due = (self._tokens.get(name, 0) // every + 1) * every
         if due > self.times * every:
             return
-        tokens = int(sae.tokens_seen)
+        tokens = sae.history.seen
         if tokens > due - self.sample_tokens:
             self._draw(sae, x, ranks_of(trainer))
         if not stepped:
@@ -137,7 +137,7 @@ class ResampleDeadFeatures(Callback):
             scaled,
             error.square().mean(1).square(),
             size=module.n_features,
-            seed=int(module.tokens_seen),
+            seed=module.history.seen,
             ranks=ranks,
         )
 

@@ -75,21 +75,24 @@ def results_table(results: Mapping[str, float], columns: Sequence[str] = ()) -> 
         tokens     131,072  tokens tested on
         my_metric        2
     """
-    table: dict[str, dict[str, str]] = {"": {each: each for each in columns}}
+    cells: dict[str, dict[str, str]] = {}  # by row and column
     for name, value in results.items():
         column, _, row = name.partition("/")
         column, row = (column, row) if column in columns else ("", name)
-        table.setdefault(row, {})[column] = _number(value)
-    known = [name for name in _MEANINGS if name in table]
-    rows = known + [name for name in table if name not in _MEANINGS]
-    shown = [each for each in ("", *columns) if any(each in table[row] for row in rows if row)]
-    widths = [max(len(row.get(each, "")) for row in table.values()) for each in shown]
-    left = max(map(len, rows))
-    lines = []
-    for name in ["", *(row for row in rows if row)] if columns else filter(None, rows):
-        values = (table[name].get(each, "").rjust(n) for each, n in zip(shown, widths, strict=True))
-        lines.append("  ".join([name.ljust(left), *values, _MEANINGS.get(name, "")]).rstrip())
-    return "\n".join(lines)
+        cells.setdefault(row, {})[column] = _number(value)
+    known = [name for name in _MEANINGS if name in cells]
+    rows = known + [name for name in cells if name not in _MEANINGS]
+    shown = [each for each in ("", *columns) if any(each in cells[row] for row in rows)]
+    lines = [[row, *(cells[row].get(each, "") for each in shown)] for row in rows]
+    if columns:
+        lines.insert(0, ["", *shown])
+    left, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)] or [0]
+    return "\n".join(
+        "  ".join(
+            [name.ljust(left), *map(str.rjust, values, widths), _MEANINGS.get(name, "")]
+        ).rstrip()
+        for name, *values in lines
+    )
 
 
 def _number(value: float) -> str:
