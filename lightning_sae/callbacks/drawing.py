@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import io
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -16,10 +16,14 @@ from lightning.pytorch.loggers import (
     TensorBoardLogger,
     WandbLogger,
 )
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 LIGHT: Final = "#c6d7ea"
 MEDIUM: Final = "#6a9bcd"
@@ -56,14 +60,13 @@ def add_figures(trainer: pl.Trainer, figures: Mapping[str, Callable[[], Figure]]
     """Draw figures into the trainer's loggers, and keep nothing of them in memory.
 
     Those of TensorBoard, Weights & Biases and MLflow show them; beside the CSV of a `CSVLogger`
-    they are files, `images/<name>-<step>.png`. Others are left alone.
+    they are files, `images/<name>-<step>.png`. Others get none, and a warning says so.
 
     Args:
         trainer: Its loggers, and its step.
         figures: What makes each one, called only if there is such a logger, by its name there.
     """
-    loggers = trainer.loggers if trainer.is_global_zero else []
-    drawing = [draw for draw in map(_drawing_into, loggers) if draw is not None]
+    drawing = _into_each(trainer, _drawing_into)
     if not drawing:
         return
     for name, make in figures.items():
@@ -82,8 +85,7 @@ def add_texts(trainer: pl.Trainer, texts: Mapping[str, Callable[[], str]]) -> No
         trainer: Its loggers, and its step.
         texts: What makes each one, called only if there is such a logger, by its name there.
     """
-    loggers = trainer.loggers if trainer.is_global_zero else []
-    writing = [write for write in map(_writing_into, loggers) if write is not None]
+    writing = _into_each(trainer, _writing_into)
     for name, make in texts.items() if writing else ():
         text = make()
         for write in writing:
@@ -98,6 +100,21 @@ def _draw(drawing: list[Draw], name: str, make: Callable[[], Figure], step: int)
     figure = make()
     for draw in drawing:
         draw(name, figure, step)
+
+
+def _into_each(trainer: pl.Trainer, into: Callable[[Logger], T | None]) -> list[T]:
+    """Return what `into` knows of each of the first rank's loggers, and warn of the others."""
+    found = []
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        known = into(logger)
+        if known is None and not isinstance(logger, DummyLogger):  # which is that of fast_dev_run
+            rank_zero_warn(
+                f"{type(logger).__name__} gets no figures and texts: these go to TensorBoard, "
+                "Weights & Biases, MLflow, and beside the file of a CSVLogger"
+            )
+        if known is not None:
+            found.append(known)
+    return found
 
 
 def _drawing_into(logger: Logger) -> Draw | None:

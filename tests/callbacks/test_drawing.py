@@ -4,7 +4,14 @@ import sys
 import weakref
 from types import SimpleNamespace
 
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+import pytest
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -124,3 +131,20 @@ def test_nothing_is_drawn_where_nobody_would_see_it(tmp_path):
         options = {"is_global_zero": is_global_zero, "loggers": [logger], "global_step": 3}
         add_figures(SimpleNamespace(**options), dont)
         add_texts(SimpleNamespace(**options), dont)
+
+
+class SomeLogger(Logger):
+    """One that nobody here knows."""
+
+    name = version = None
+
+    def log_metrics(self, metrics, step=None): ...
+
+    def log_hyperparams(self, params, *args, **kwargs): ...
+
+
+@pytest.mark.parametrize(("add", "made"), [(add_figures, "figure"), (add_texts, "text")])
+def test_a_logger_that_gets_none_is_named(add, made):
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[SomeLogger()], global_step=0)
+    with pytest.warns(UserWarning, match="^SomeLogger gets no figures and texts"):
+        add(trainer, {made: lambda: pytest.fail("made for nobody")})
