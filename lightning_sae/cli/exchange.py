@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_sae import interop
 from lightning_sae.architectures.threshold import ThresholdSAE
 from lightning_sae.checks import UsageError, require_positive
-from lightning_sae.cli.recorded import recorded_activations
+from lightning_sae.cli.recorded import note_figures, recorded_activations
 from lightning_sae.cli.trained import imported, trained
 from lightning_sae.metrics import FractionOfVarianceUnexplained
 from lightning_sae.sae import SparseAutoencoder
@@ -38,7 +38,7 @@ def export_sae(
     sae = trained(ckpt_path)
     real = recorded_activations(sae.record, tokens)
     if without_discount:
-        sae = _without_discount(sae, real)
+        sae = _without_discount(sae, real, tokens)
     for comparison in interop.export(sae, to, output, real):
         print(comparison)
     if isinstance(sae, ThresholdSAE) and sae.rank_discount:
@@ -47,7 +47,9 @@ def export_sae(
     print(f"{output} is for {to}.")
 
 
-def _without_discount(sae: SparseAutoencoder, activations: Tensor | None) -> SparseAutoencoder:
+def _without_discount(
+    sae: SparseAutoencoder, activations: Tensor | None, tokens: int
+) -> SparseAutoencoder:
     if not (isinstance(sae, ThresholdSAE) and sae.rank_discount):
         raise UsageError(f"without_discount=true: {type(sae).__name__} has no rank_discount")
     if activations is None:
@@ -57,6 +59,7 @@ def _without_discount(sae: SparseAutoencoder, activations: Tensor | None) -> Spa
     whole = FractionOfVarianceUnexplained(width)
     before = float(whole(sae(activations)[:, -width:], activations[:, -width:]))
     after = plain.record["measured"]["fvu"]
+    note_figures(plain, tokens)
     print(f"FVU of the SAE {before:.4f}, without the discount {after:.4f}")
     return plain
 

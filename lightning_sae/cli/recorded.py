@@ -7,14 +7,17 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_sae.callbacks import LossRecoveredCallback
 from lightning_sae.checks import UsageError
 from lightning_sae.data import ActivationDataModule, StreamDataModule
 from lightning_sae.data.provenance import ORDER
+from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["held_out_activations", "recorded_activations", "recorded_settings"]
+__all__ = ["held_out_activations", "note_figures", "recorded_activations", "recorded_settings"]
 
 MODEL: Final = frozenset({"model_name", "model_revision", "layer", "site", "model_dtype"})
 NOTED: Final = MODEL | (set(ActivationDataModule.place) - ORDER)
@@ -61,6 +64,24 @@ def recorded_activations(
             f"What the SAE was trained on cannot be read, so no real activations: {error}"
         )
         return None
+
+
+def note_figures(sae: SparseAutoencoder, tokens: int) -> None:
+    """Validate an SAE on what it was trained on, and have its record note the figures.
+
+    Args:
+        sae: One whose record says on what.
+        tokens: How many, about, for the language model's loss too.
+    """
+    data = ActivationDataModule(**recorded_settings(sae.record), validation_tokens=tokens)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[LossRecoveredCallback(tokens)],
+    )
+    trainer.validate(sae, data, verbose=False)
 
 
 def held_out_activations(data: StreamDataModule, tokens: int) -> Tensor:

@@ -18,6 +18,7 @@ from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
 from lightning_sae.interop.folded import (
     FoldedSAE,
+    require_inputs_as_they_are,
     require_plain_thresholds,
     without_gates,
 )
@@ -43,11 +44,8 @@ def write(folded: FoldedSAE, folder: Path) -> None:
     Raises:
         UsageError: If the SAE normalises each token, or has thresholds that are more than numbers.
     """
-    if folded.unit_length:
-        raise UsageError(
-            "to=dictionary_learning: it cannot normalise tokens (normalize_inputs='token')"
-        )
-    require_plain_thresholds(folded.gate, "dictionary_learning")
+    require_inputs_as_they_are(folded, LIBRARY)
+    require_plain_thresholds(folded.gate, LIBRARY)
     kind, state = _kind(folded), {}
     if kind == "JumpReluAutoEncoder":
         state = {

@@ -24,7 +24,15 @@ from lightning_sae.core.gate import Gate
 from lightning_sae.parallel import Ranks
 from lightning_sae.sae import SparseAutoencoder
 
-__all__ = ["OWN", "FoldedSAE", "fold", "require_plain_thresholds", "unfold", "without_gates"]
+__all__ = [
+    "OWN",
+    "FoldedSAE",
+    "fold",
+    "require_inputs_as_they_are",
+    "require_plain_thresholds",
+    "unfold",
+    "without_gates",
+]
 
 OWN: Final = "lightning_sae_jumprelu"
 """What formats that say a class by its name call one with thresholds that nobody else has."""
@@ -104,6 +112,19 @@ class FoldedSAE:
             return x.new_ones((), dtype=torch.float32)
         lengths: Tensor = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True)
         return lengths.clamp_min(1e-12) / math.sqrt(x.shape[1])
+
+
+def require_inputs_as_they_are(folded: FoldedSAE, to: str) -> None:
+    """Refuse, for a library that cannot, to bring each token to the same length.
+
+    Raises:
+        UsageError: If the SAE does that.
+    """
+    if folded.unit_length:
+        raise UsageError(
+            f"to={to}: it cannot normalise tokens (normalize_inputs='token'): train with "
+            "normalize_inputs=average"
+        )
 
 
 def require_plain_thresholds(gate: Gate, to: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_sae.checks import UsageError
 from lightning_sae.core.gate import Gate
-from lightning_sae.interop.folded import FoldedSAE
+from lightning_sae.interop.folded import FoldedSAE, require_inputs_as_they_are
 from lightning_sae.tensor_files import save_tensors
 
 __all__ = ["LIBRARY", "loading", "read", "run", "write"]
@@ -44,8 +44,7 @@ def write(folded: FoldedSAE, folder: Path) -> None:
     """
     if folded.gate.k is None:
         raise UsageError("to=sparsify: it has no thresholds, only the k largest codes of a token")
-    if folded.unit_length:
-        raise UsageError("to=sparsify: it cannot normalise tokens (normalize_inputs='token')")
+    require_inputs_as_they_are(folded, LIBRARY)
     n_features, d_model = folded.encoder_weight.shape
     config = {
         "d_in": d_model,

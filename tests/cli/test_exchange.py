@@ -64,6 +64,10 @@ def test_a_discount_is_left_out_if_that_is_asked_for(capsys):
     again = unfold(load_foreign("openmoss:theirs"), k=4)
     assert isinstance(again, MutualChoiceSAE)
     assert again.discount is None
+    card = Path("theirs/README.md").read_text("utf-8")
+    (fvu,) = re.findall(r"\(FVU\) \| (\S+) \|", card)
+    assert float(fvu) == pytest.approx(float(cost.split()[-1]), rel=0.2)  # of other tokens
+    assert "loss recovered" in card
     TopKSAE(256, 64, 4).save_pretrained("plain")
     with pytest.raises(SystemExit, match="TopKSAE has no rank_discount"):
         main([*line, "--ckpt_path=plain", "--output=other", "--without_discount=true"])

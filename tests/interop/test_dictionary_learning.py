@@ -42,7 +42,7 @@ def test_every_architecture_can_leave_and_come_back(kind: str, tmp_path: Path):
 
 def test_what_it_cannot_say_is_refused(tmp_path: Path):
     told = refusal(trained("mutual_choice"), "dictionary_learning", tmp_path)
-    assert "it cannot normalise tokens (normalize_inputs='token')" in told
+    assert "it cannot normalise tokens (normalize_inputs='token'): train with " in told
     sae = trained("mutual_choice", normalize_inputs="average", importance="token_norm")
     told = refusal(sae, "dictionary_learning", tmp_path)
     assert "no thresholds relative to a token's length (importance='token_norm')" in told

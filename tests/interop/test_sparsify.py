@@ -30,7 +30,7 @@ def test_what_it_cannot_say_is_refused(tmp_path: Path):
     for kind in ("standard", "mutual_choice", "feature_choice_zipf"):
         assert "it has no thresholds" in refusal(trained(kind), "sparsify", tmp_path)
     told = refusal(trained("topk", normalize_inputs="token"), "sparsify", tmp_path)
-    assert "it cannot normalise tokens (normalize_inputs='token')" in told
+    assert "it cannot normalise tokens (normalize_inputs='token'): train with " in told
 
 
 @pytest.mark.parametrize(
