@@ -24,7 +24,7 @@ from lightning_sae.quickstart import packaged_sae
 from lightning_sae.record import RecordedAutoencoder
 from lightning_sae.tensor_files import save_tensors
 
-__all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "config_of"]
+__all__ = ["CONFIG", "WEIGHTS", "PretrainedAutoencoder", "config_of", "may_be_repository"]
 
 CONFIG: Final = "config.json"
 """The file that says what an SAE is."""
@@ -193,9 +193,28 @@ def config_of(folder: str | Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{folder} has no {CONFIG} of an SAE{_meant(Path(folder))}") from None
     except (OSError, ValueError) as error:  # the latter if it is no JSON, or no UTF-8
         raise UsageError(f"{folder} has no {CONFIG} of an SAE: {error}") from error
     return _checked(str(folder), config)
+
+
+def may_be_repository(path: str | Path) -> bool:
+    """Return whether what is no file or folder here may be the id of a repository on the hub."""
+    name = str(path)
+    return not (name.startswith((".", "/", "~")) or name.endswith(".ckpt") or name.count("/") > 1)
+
+
+def _meant(folder: Path) -> str:
+    """Return the end of a message about a folder that holds no SAE: where in it one is."""
+    places = ("pretrained", "pretrained/*", "*/pretrained", "*/pretrained/*")
+    found = [each.parent for place in places for each in folder.glob(f"{place}/{CONFIG}")]
+    return f", did you mean '{max(found, key=_written)}'?" if found else ""
+
+
+def _written(folder: Path) -> float:
+    return folder.stat().st_mtime
 
 
 def _trained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -207,7 +226,7 @@ def _trained(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return found.get(TRAINED_WITH, {}), found["state_dict"]
         if ":" in path:
             raise UsageError("another library's SAE must become ours first: lightning_sae import")
-        if path.startswith((".", "/", "~")):
+        if not may_be_repository(path):
             raise UsageError("there is no such file or folder")
         where = Path(hf_hub_download(path, CONFIG)).parent
         hf_hub_download(path, WEIGHTS)

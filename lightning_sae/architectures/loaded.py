@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lightning_sae.checkpoint_format import is_sae, require_one
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
-from lightning_sae.pretrained import CONFIG, config_of
+from lightning_sae.pretrained import CONFIG, config_of, may_be_repository
 from lightning_sae.quickstart import packaged_sae
 from lightning_sae.sae import SparseAutoencoder
 
@@ -45,6 +45,8 @@ def load(
             raise UsageError(f"{path} is no checkpoint of an SAE")
         architecture = found.get("architecture", "")
         return _kind(architecture, path).load_from_checkpoint(path, map_location).eval()
+    if not (Path(path).is_dir() or may_be_repository(path)):
+        raise UsageError(f"{path}: there is no such file or folder")
     try:
         folder = path if Path(path).is_dir() else _downloaded(str(path), revision)
         kind = _kind(config_of(folder)["architecture"], path)

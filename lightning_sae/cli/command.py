@@ -39,8 +39,9 @@ from lightning_sae.cli.from_checkpoint import (
     tell_changes,
     with_its_settings,
 )
+from lightning_sae.cli.nearest import meant
 from lightning_sae.cli.noise import silence_noise
-from lightning_sae.cli.overview import overview
+from lightning_sae.cli.overview import OF_THE_TRAINER, overview
 from lightning_sae.cli.parser import ConfigFile, Parser, packaged_configs, run_function
 from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
@@ -87,6 +88,9 @@ def main(args: ArgsType = None) -> None:
             run_function(COMMANDS[name], name, rest)
             return
         caching = name == "cache"
+        known = [*OF_THE_TRAINER, *COMMANDS, "cache"]
+        if name and not name.startswith("-") and name not in known:
+            raise UsageError(f"{name} is none of {', '.join(known)}{meant(name, known)}")
         cli = SparseAutoencoderCLI(
             SAEModule,  # an SAE, or several
             StreamDataModule,

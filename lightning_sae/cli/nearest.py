@@ -18,7 +18,7 @@ from lightning_sae.data import StreamDataModule
 from lightning_sae.sae import SparseAutoencoder
 from lightning_sae.several_saes import SeveralSAEs
 
-__all__ = ["meant", "meant_file", "with_nearest_class", "with_nearest_key"]
+__all__ = ["meant", "meant_file", "with_nearest_class", "with_nearest_key", "with_nearest_value"]
 
 BASES: Final[tuple[type, ...]] = (
     *(SparseAutoencoder, SeveralSAEs, StreamDataModule, Callback, Logger, Strategy),
@@ -73,6 +73,16 @@ def with_nearest_class(message: str) -> str:
     known = {each.__name__ for base in BASES for each in _subclasses(base)}
     public = {name for name in known if not name.startswith("_")}
     return f"{message[: wrong.start()]}there is no class {wrong[1]}{meant(wrong[1], public)}"
+
+
+def with_nearest_value(message: str) -> str:
+    """Return a message about a value that is none of a few, with the nearest one that is."""
+    few = re.findall(r"typing\.Literal\[([^\]]*)\]", message)
+    told = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", message)
+    wrong = re.search(r"(?:Got|Given) value: (\S+)$", told)
+    if not few or wrong is None:
+        return told
+    return told + meant(wrong[1], re.findall(r"'([^']*)'", ", ".join(few)))
 
 
 def _subclasses(base: type) -> set[type]:

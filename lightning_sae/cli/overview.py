@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-__all__ = ["overview"]
+__all__ = ["OF_THE_TRAINER", "overview"]
 
 OF_THE_TRAINER: Final = {
     "fit": "Train an SAE.",

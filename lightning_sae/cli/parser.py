@@ -12,7 +12,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_sae
 from lightning_sae.checks import UsageError
 from lightning_sae.cli.errors import one_line, refusals
-from lightning_sae.cli.nearest import meant_file, with_nearest_class, with_nearest_key
+from lightning_sae.cli.nearest import (
+    meant_file,
+    with_nearest_class,
+    with_nearest_key,
+    with_nearest_value,
+)
 
 __all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config", "packaged_configs", "run_function"]
 
@@ -40,7 +45,7 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        told = with_nearest_class(one_line(self.reading + message))
+        told = with_nearest_value(with_nearest_class(one_line(self.reading + message)))
         self.exit(2, f"{with_nearest_key(told, list(self.made))}\n")
 
     def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:

@@ -8,6 +8,8 @@ holds `train.parquet` and `validation.parquet`, and `SAES` four trained SAEs. Se
 from pathlib import Path
 from typing import Final
 
+from lightning_sae.checks import UsageError
+
 __all__ = ["FOLDER", "SAES", "TEXT", "packaged_sae"]
 
 FOLDER: Final[Path] = Path(__file__).resolve().parent
@@ -21,9 +23,15 @@ SAES: Final[Path] = FOLDER / "saes"
 
 
 def packaged_sae(path: str | Path) -> str | Path:
-    """Return the folder of a packaged SAE that is called `quickstart/NAME`; else what is given."""
+    """Return the folder of a packaged SAE that is called `quickstart/NAME`; else what is given.
+
+    Raises:
+        UsageError: If there is no such one.
+    """
     place, _, name = str(path).partition("/")
-    folder = SAES / name
-    if place == "quickstart" and name and folder.is_dir() and not Path(path).exists():
-        return folder
-    return path
+    if place != "quickstart" or not name or Path(path).exists():
+        return path
+    if not (SAES / name).is_dir():
+        there = ", ".join(f"quickstart/{each.name}" for each in sorted(SAES.iterdir()))
+        raise UsageError(f"{path} is none of the SAEs that ship: {there}")
+    return SAES / name

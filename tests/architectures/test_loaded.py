@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sae import MutualChoiceSAE, TopKSAE, load
+from lightning_sae.architectures import loaded
 from lightning_sae.checks import UsageError
 from tests.helpers.architectures import D_MODEL, N_FEATURES, K, activations
 
@@ -49,3 +50,23 @@ def test_a_checkpoint_of_format_1_is_loaded():
 def test_a_checkpoint_of_something_else_is_refused():
     with pytest.raises(UsageError, match="is no checkpoint of an SAE"):
         load(Path(__file__).parents[1] / "checkpoints_format_1/child.ckpt")
+
+
+def test_a_folder_that_holds_an_sae_further_in_is_told_of_it(tmp_path: Path):
+    """As that of a run does, which the path of a checkpoint begins with."""
+    inner = tmp_path / "version_0" / "pretrained"
+    TopKSAE(D_MODEL, N_FEATURES, K).save_pretrained(inner)
+    for outer in (tmp_path, tmp_path / "version_0"):
+        with pytest.raises(UsageError) as refused:
+            load(outer)
+        told = f"{outer} has no config.json of an SAE, did you mean '{inner}'?"
+        assert str(refused.value) == told
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere/last.ckpt", "./nowhere", "/nowhere/at_all", "a/b/c", "~/nowhere"]
+)
+def test_what_can_be_no_id_on_the_hub_is_not_asked_for_there(path, monkeypatch):
+    monkeypatch.setattr(loaded, "hf_hub_download", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(UsageError, match="there is no such file or folder"):
+        load(path)

@@ -2,7 +2,12 @@
 
 import pytest
 
-from lightning_sae.cli.nearest import meant, meant_file, with_nearest_class
+from lightning_sae.cli.nearest import (
+    meant,
+    meant_file,
+    with_nearest_class,
+    with_nearest_value,
+)
 
 
 def test_the_nearest_is_told_if_one_is_near():
@@ -56,3 +61,24 @@ def test_of_a_class_that_there_is_not_nothing_else_is_said(message, expected):
 
 def test_other_messages_stay():
     assert with_nearest_class("k=0 is out of range") == "k=0 is out of range"
+    assert with_nearest_value("k=0 is out of range") == "k=0 is out of range"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "Expected a typing.Literal['saelens', 'sparsify']. Got value: saelen",
+            "Expected one of 'saelens', 'sparsify'. Got value: saelen, did you mean 'saelens'?",
+        ),
+        (
+            "a typing.Literal['16-true', 'bf16-mixed']: a typing.Literal['64']: Given value: bf16m",
+            "one of '16-true', 'bf16-mixed': one of '64': Given value: bf16m, "
+            "did you mean 'bf16-mixed'?",
+        ),
+        ("a typing.Literal['a', 'b']. Got value: zzz", "one of 'a', 'b'. Got value: zzz"),
+        ("a typing.Literal['a', 'b']: no string", "one of 'a', 'b': no string"),
+    ],
+)
+def test_of_a_value_that_is_none_of_a_few_these_are_told(message, expected):
+    assert with_nearest_value(message) == expected

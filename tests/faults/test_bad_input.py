@@ -154,7 +154,8 @@ CASES: list[tuple[str, Any, str]] = [
 ]
 LINES: list[tuple[list[str], str]] = [
     ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
-    (["train"], "invalid choice: 'train'"),
+    (["train"], "train is none of fit, validate, test, predict, report, export, import, cache"),
+    (["repot"], "cache, did you mean 'report'?"),
     (["fit"], "required: fit.data, fit.model"),
     (["fit", "--nonsense"], "--nonsense"),
     (["fit", "--config"], "--config: expected one argument"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_sae import FeatureChoiceSAE, MutualChoiceSAE, StandardSAE, TopKSAE, load
+from lightning_sae.checks import UsageError
 from lightning_sae.cli import main
 from lightning_sae.data import ActivationDataModule
 from lightning_sae.metrics import FractionOfVarianceUnexplained
@@ -89,7 +90,8 @@ def test_a_class_finds_its_own():
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert packaged_sae("quickstart/topk") == SAES / "topk"
-    assert packaged_sae("quickstart/other") == "quickstart/other"
+    with pytest.raises(UsageError, match=r"^quickstart/topkk is none of .*quickstart/topk$"):
+        packaged_sae("quickstart/topkk")
     assert packaged_sae("quickstart") == "quickstart"
     Path("quickstart/topk").mkdir(parents=True)
     assert packaged_sae("quickstart/topk") == "quickstart/topk"
