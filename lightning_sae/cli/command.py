@@ -41,8 +41,8 @@ from lightning_sae.cli.from_checkpoint import (
 )
 from lightning_sae.cli.nearest import meant
 from lightning_sae.cli.noise import silence_noise
-from lightning_sae.cli.overview import OF_THE_TRAINER, overview
-from lightning_sae.cli.parser import ConfigFile, Parser, packaged_configs, run_function
+from lightning_sae.cli.overview import SENTENCES
+from lightning_sae.cli.parser import ConfigFile, Parser, run_function
 from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
 from lightning_sae.cli.signals import exit_on_signals
@@ -51,7 +51,7 @@ from lightning_sae.interop import FoldedSAE, is_foreign, load_foreign
 from lightning_sae.optim.resumable import SAEModule
 from lightning_sae.quickstart import packaged_sae
 
-__all__ = ["SparseAutoencoderCLI", "main"]
+__all__ = ["SparseAutoencoderCLI", "run"]
 
 COMMANDS: Final[Mapping[str, Callable[..., None]]] = MappingProxyType(
     {"report": report, "export": export_sae, "import": import_sae}
@@ -69,7 +69,7 @@ LEAST: Final = {
 """Values of the Trainer's settings below which it fails late, or not at all."""
 
 
-def main(args: ArgsType = None) -> None:
+def run(args: ArgsType = None) -> None:
     """Run `lightning_sae fit|validate|test|predict`, or one of `COMMANDS`.
 
     Args:
@@ -81,14 +81,11 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     with exit_on_signals(), one_line_errors():
         name, rest = (given[0], given[1:]) if isinstance(given, list) and given else ("", [])
-        if name in ("-h", "--help"):
-            print(overview({**COMMANDS, "cache": fill_cache}, packaged_configs()), end="")
-            return
         if name in COMMANDS:
             run_function(COMMANDS[name], name, rest)
             return
         caching = name == "cache"
-        known = [*OF_THE_TRAINER, *COMMANDS, "cache"]
+        known = list(SENTENCES)
         if name and not name.startswith("-") and name not in known:
             raise UsageError(f"{name} is none of {', '.join(known)}{meant(name, known)}")
         cli = SparseAutoencoderCLI(

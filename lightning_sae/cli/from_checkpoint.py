@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_sae.checkpoint_format import PARTS, TRAINED_WITH, upgrade
 from lightning_sae.checkpoint_io import open_checkpoint
 from lightning_sae.checks import UsageError
-from lightning_sae.cli.parser import find_config
+from lightning_sae.cli.configurations import find_config
 from lightning_sae.cli.trained import imported
 from lightning_sae.data import StreamDataModule
 from lightning_sae.data.provenance import require_same_activations

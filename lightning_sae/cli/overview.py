@@ -1,18 +1,27 @@
 """What `lightning_sae --help` says: which commands there are, and where to begin."""
 
-import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
-__all__ = ["OF_THE_TRAINER", "overview"]
+from lightning_sae.cli.configurations import packaged_configs
 
-OF_THE_TRAINER: Final = {
-    "fit": "Train an SAE.",
-    "validate": "Measure a trained SAE on the tokens that training validates on.",
-    "test": "Measure a trained SAE on further tokens, and print a table.",
-    "predict": "Write which features fire on which tokens, and how strongly.",
-}
+__all__ = ["SENTENCES", "overview"]
+
+SENTENCES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "fit": "Train an SAE.",
+        "validate": "Measure a trained SAE on the tokens that training validates on.",
+        "test": "Measure a trained SAE on further tokens, and print a table.",
+        "predict": "Write which features fire on which tokens, and how strongly.",
+        "report": "Show what the features of a trained SAE fire on, as a page for a browser.",
+        "export": "Write a trained SAE for another library, load it there, and compare.",
+        "import": "Read an SAE of another library, and save it as `lightning_sae.load` finds it.",
+        "cache": "Keep what `fit` and `test` would read in --data.cache_dir, and train nothing.",
+    }
+)
+"""What each command does. So the docstrings of the last four begin, which take long to import."""
 _TEXT: Final = """\
 usage: lightning_sae COMMAND [--config FILE ...] [--KEY VALUE ...]
        lightning_sae COMMAND --help
@@ -35,19 +44,11 @@ configurations that ship with the package:
 """
 
 
-def overview(further: Mapping[str, Callable[..., None]], configurations: Iterable[str]) -> str:
-    """Return the text.
-
-    Args:
-        further: Commands beside those of the Trainer, whose docstrings say in a line what they do.
-        configurations: Names of those that ship.
-    """
-    commands = OF_THE_TRAINER | {
-        name: (inspect.getdoc(function) or "").splitlines()[0] for name, function in further.items()
-    }
-    listed = "\n".join(f"  {name:9} {what}" for name, what in commands.items())
+def overview() -> str:
+    """Return the text, with what needs no import of torch."""
+    listed = "\n".join(f"  {name:9} {what}" for name, what in SENTENCES.items())
     by_folder: dict[str, list[str]] = {}
-    for each in sorted(set(configurations)):
+    for each in sorted(set(packaged_configs())):
         by_folder.setdefault(each.rpartition("/")[0], []).append(each)
     wrapped = (textwrap.wrap(" ".join(names), 98) for _, names in sorted(by_folder.items()))
     named = "\n".join(f"  {line}" for lines in wrapped for line in lines)

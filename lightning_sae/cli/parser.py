@@ -3,14 +3,14 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final, NoReturn, TypeVar, Union, cast
+from typing import Any, ClassVar, NoReturn, TypeVar, Union, cast
 from weakref import WeakSet
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-import lightning_sae
 from lightning_sae.checks import UsageError
+from lightning_sae.cli.configurations import find_config, packaged_configs
 from lightning_sae.cli.errors import one_line, refusals
 from lightning_sae.cli.nearest import (
     meant_file,
@@ -19,9 +19,8 @@ from lightning_sae.cli.nearest import (
     with_nearest_value,
 )
 
-__all__ = ["PACKAGE", "ConfigFile", "Parser", "find_config", "packaged_configs", "run_function"]
+__all__ = ["ConfigFile", "Parser", "run_function"]
 
-PACKAGE: Final = Path(lightning_sae.__file__).parent
 T = TypeVar("T")
 
 
@@ -137,18 +136,3 @@ class ConfigFile(ActionConfigFile):
         except UnicodeDecodeError as error:
             parser.error(str(error), error)
         parser.reading = ""
-
-
-def packaged_configs() -> list[str]:
-    """Return the names of the configurations that ship with the package."""
-    folders = (folder / "configs" for folder in (PACKAGE, PACKAGE.parent))
-    return [path.relative_to(each).as_posix() for each in folders for path in each.rglob("*.yaml")]
-
-
-def find_config(name: str) -> str:
-    """Return the path of a configuration: as given if it exists, else where it is packaged.
-
-    In a wheel the configurations lie inside the package, in a checkout beside it.
-    """
-    packaged = (folder / "configs" / name for folder in (PACKAGE, PACKAGE.parent))
-    return next((str(path) for path in (Path(name), *packaged) if path.is_file()), name)

@@ -35,7 +35,7 @@ def report(
     text: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Show what the features of a trained SAE fire on, as a page to open in a browser.
+    """Show what the features of a trained SAE fire on, as a page for a browser.
 
     Args:
         ckpt_path: A checkpoint, a folder that `save_pretrained` wrote, or the id of a repository on

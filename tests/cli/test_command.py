@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import lightning_sae
 from lightning_sae.cli import SparseAutoencoderCLI, main
-from lightning_sae.cli.parser import PACKAGE
+from lightning_sae.cli.configurations import PACKAGE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARCHITECTURES = [

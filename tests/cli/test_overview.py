@@ -1,8 +1,13 @@
 """The first thing that a newcomer asks for."""
 
+import inspect
+
 import pytest
 
 from lightning_sae.cli import main
+from lightning_sae.cli.cache import fill_cache
+from lightning_sae.cli.command import COMMANDS
+from lightning_sae.cli.overview import SENTENCES
 
 
 @pytest.mark.parametrize("asked", ["--help", "-h"])
@@ -17,3 +22,9 @@ def test_it_tells_of_every_command_and_configuration(asked, capsys):
     assert "models/gpt2_small.yaml" in told
     assert "lightning_sae fit --config mutual_choice.yaml" in told
     assert max(map(len, told.splitlines())) <= 100
+
+
+def test_it_says_what_the_commands_say_themselves():
+    said = {**COMMANDS, "cache": fill_cache}
+    docstrings = {name: inspect.getdoc(each).splitlines()[0] for name, each in said.items()}
+    assert {name: SENTENCES[name] for name in said} == docstrings

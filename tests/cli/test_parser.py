@@ -1,4 +1,4 @@
-"""Configurations by name, and what constructors raise."""
+"""What constructors raise."""
 
 import sys
 from pathlib import Path
@@ -9,18 +9,7 @@ from lightning.pytorch import Callback
 
 from lightning_sae.checks import UsageError
 from lightning_sae.cli import main
-from lightning_sae.cli.parser import Parser, find_config
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def test_a_local_configuration_comes_before_the_packaged_one(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert Path(find_config("topk.yaml")).samefile(CONFIGS / "topk.yaml")
-    assert Path(find_config("models/gpt2_small.yaml")).is_file()
-    (tmp_path / "topk.yaml").write_text("trainer: {max_steps: 1}")
-    assert Path(find_config("topk.yaml")) == Path("topk.yaml")
-    assert find_config("nowhere.yaml") == "nowhere.yaml"
+from lightning_sae.cli.parser import Parser
 
 
 class Part:

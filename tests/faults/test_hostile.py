@@ -19,7 +19,7 @@ import torch
 from lightning_sae import TopKSAE
 from lightning_sae.checks import UsageError
 from lightning_sae.cli import main
-from lightning_sae.cli.parser import PACKAGE
+from lightning_sae.cli.configurations import PACKAGE
 from tests.faults.runs import arguments, checkpoints
 
 MODEL = PACKAGE / "quickstart"
