@@ -41,7 +41,7 @@ from lightning_sae.cli.from_checkpoint import (
 )
 from lightning_sae.cli.nearest import meant
 from lightning_sae.cli.noise import silence_noise
-from lightning_sae.cli.overview import SENTENCES
+from lightning_sae.cli.overview import SENTENCES, opening
 from lightning_sae.cli.parser import ConfigFile, Parser, run_function
 from lightning_sae.cli.report import report
 from lightning_sae.cli.run_folders import own_folders
@@ -108,6 +108,8 @@ def run(args: ArgsType = None) -> None:
                 "prog": "lightning_sae cache" if caching else "lightning_sae",
                 "description": FILLING if caching else DESCRIPTION,
                 "version": lightning_sae.__version__,
+                "usage": opening("cache")["usage"] if caching else None,
+                **{name: opening(name) for name in LightningCLI.subcommands()},
             },
             args=rest if caching else args,
             run=not caching,

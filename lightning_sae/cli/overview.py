@@ -1,4 +1,4 @@
-"""What `lightning_sae --help` says: which commands there are, and where to begin."""
+"""What `lightning_sae --help` says, and `lightning_sae fit --help` first of all."""
 
 import textwrap
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Final
 
 from lightning_sae.cli.configurations import packaged_configs
 
-__all__ = ["SENTENCES", "overview"]
+__all__ = ["SENTENCES", "opening", "overview"]
 
 SENTENCES: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -42,6 +42,37 @@ commands:
 configurations that ship with the package:
 {configurations}
 """
+_OPENING: Final = """\
+{sentence}
+
+{examples}
+
+Print every setting, or what a class takes:
+
+  lightning_sae {command} --config topk.yaml --print_config
+  lightning_sae {command} --model.help TopKSAE
+"""
+_TRAINING: Final = """\
+  lightning_sae fit --config topk.yaml --model.k 32 --trainer.max_steps 10000
+  lightning_sae fit --config topk.yaml --data.model_name gpt2 --data.layer 6
+
+Go on with a run:
+
+  lightning_sae fit --config topk.yaml --ckpt_path last.ckpt"""
+_MEASURING: Final = """\
+  lightning_sae {command} --config topk.yaml --ckpt_path last.ckpt"""
+
+
+def opening(command: str) -> dict[str, str]:
+    """Return how the help of a command begins that takes configurations.
+
+    Returns:
+        `usage` and `description`, as parsers of arguments call them.
+    """
+    examples = _TRAINING if command == "fit" else _MEASURING.format(command=command)
+    what = _OPENING.format(command=command, sentence=SENTENCES[command], examples=examples)
+    usage = f"lightning_sae {command} [--config FILE ...] [--KEY VALUE ...]"
+    return {"usage": usage, "description": what}
 
 
 def overview() -> str:

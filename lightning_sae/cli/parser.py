@@ -1,12 +1,13 @@
 """The parser of the command line: configurations by name, and mistakes in one line."""
 
 import inspect
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, Union, cast
 from weakref import WeakSet
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_sae.checks import UsageError
@@ -24,6 +25,10 @@ __all__ = ["ConfigFile", "Parser", "run_function"]
 T = TypeVar("T")
 
 
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of a description, which may be examples."""
+
+
 class Parser(LightningArgumentParser):
     """A parser that reports a mistake in one line, without a screenful of usage."""
 
@@ -33,7 +38,7 @@ class Parser(LightningArgumentParser):
     """All that there are: an argument that no subcommand knows is told of by their parent."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         self.made.add(self)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
