@@ -51,7 +51,9 @@ UNFIT: list[tuple[Callable[[], SparseAutoencoder], str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "name", "value", "told"), UNFIT, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("make", "name", "value", "told"), UNFIT, ids=lambda it: getattr(it, "__name__", str(it))
+)
 @pytest.mark.parametrize("prefix", ["", "sae."], ids=["alone", "child"])
 def test_a_value_out_of_range_is_told(make, name: str, value: Any, told: str, prefix: str):
     state = trained(make)
