@@ -210,8 +210,9 @@ def train_and_measure(run: Run, place: Place, threads: int) -> dict[str, Any]:
     tester = pl.Trainer(logger=False, callbacks=[LossRecoveredCallback(OF_THE_MODEL)], **quiet)
     data = place.activations(seed=0, test_tokens=OF_THE_MODEL)
     (figures,) = tester.test(sae, data, verbose=False)
-    for name in ("loss_recovered_mean", "delta_ce"):  # of a model that predicts tokens
-        result[name] = figures.get(f"test/{name}")
+    # Of a model that predicts tokens, if it is one.
+    result["loss_recovered"] = figures.get("test/loss_recovered_mean")
+    result["delta_ce"] = figures.get("test/delta_ce")
     sae.save_pretrained(folder.with_name(f"{folder.name}.sae"))
     shutil.rmtree(folder)
     return result

@@ -29,6 +29,8 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], str]] = {
     "CPU, s": (lambda r: r["cpu_seconds"], ".0f"),
 }
 
+OF_CHIEF = ("#1b7ccb", "#b3246b", "#e0921f")  # as in the other figures
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, and draw the figure if one is asked for."""
@@ -65,7 +67,7 @@ def draw(results: Results, file: Path) -> None:
 
     shown = [r for r in results if r["run"].items() >= {"n_features": 8192, "k": 16}.items()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    colours = dict(zip(VARIANTS, plt.get_cmap("tab20").colors, strict=False))
+    colours = dict(zip(VARIANTS, [*OF_CHIEF, *plt.get_cmap("tab20b").colors], strict=False))
     labelled: dict[str, int] = defaultdict(int)
     for result in shown:
         variant = result["run"]["variant"]
