@@ -153,7 +153,6 @@ CASES: list[tuple[str, Any, str]] = [
     ("config", ".", "config=."),
 ]
 LINES: list[tuple[list[str], str]] = [
-    ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
     (["train"], "train is none of fit, validate, test, predict, report, export, import, cache"),
     (["repot"], "cache, did you mean 'report'?"),
     (["fit"], "required: fit.data, fit.model"),
