@@ -235,7 +235,7 @@ def empty(sae: SparseAutoencoder, path: Path) -> Path:
         (lambda sae, path: path, "No such file"),
         (lambda sae, path: path.with_suffix(""), "there is no such file or folder"),
         (lambda sae, path: "saelens:theirs", "must become ours first: lightning_sae import"),
-        (lambda sae, path: "not/a/repository", "Repo id must"),
+        (lambda sae, path: "not/a/repository", "there is no such file or folder"),
     ],
 )
 def test_what_training_cannot_start_from_is_told_in_one_line(kept, told, first, tmp_path: Path):
