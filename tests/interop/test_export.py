@@ -70,7 +70,7 @@ def test_what_ships_is_exported_to_saelens(name, without, tmp_path: Path, monkey
     assert "| site, as Hugging Face's module | transformer.h.2 |" in card
     assert "(FVU) | 0." in card
     assert ("saelens_adapter" in card) == discounts
-    assert ("loss recovered" in card) != without  # which was not measured then
+    assert "loss recovered" in card
 
 
 def test_what_is_not_the_same_there_is_refused(tmp_path: Path, monkeypatch):
