@@ -28,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import PREFIXES
 from notebooks.paper_claims import make_text
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -56,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Standard, resampled": ("StandardSAE", WANTED_L0),
     "JumpReLU": ("JumpReLUSAE", {"bandwidth": 0.03}),  # more than a step, as in jumprelu.yaml
     "Gated": ("GatedSAE", {}),
-    "Matryoshka": ("MutualChoiceSAE", {"prefixes": (1 / 32, 3 / 32, 7 / 32, 15 / 32)}),
+    "Matryoshka": ("MutualChoiceSAE", {"prefixes": PREFIXES}),
 }
 """By name: the class, and what is not its default; prefixes are shares of the features."""
 CHIEF = tuple(VARIANTS)[:3]

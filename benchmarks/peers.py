@@ -70,10 +70,10 @@ def dictionary_learning(feed: Feed, rule: str, dead: float = 0.0) -> None:
 
     feed.imported()
     size = feed.size
-    chosen = {  # after the first 1,000 steps, as in all but these
+    chosen = {
         "k": size.k,
         "auxk_alpha": 1 / 32 if dead else 0.0,
-        "threshold_start_step": 0,
+        "threshold_start_step": 0,  # as in all but the first 1,000 steps
     }
     ends = [*prefixes(size), size.n_features]
     shares = [(end - start) / size.n_features for start, end in zip([0, *ends], ends, strict=False)]
